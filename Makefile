@@ -1,0 +1,29 @@
+# Each target works from nothing but Python 3.11+, make and a package index.
+PYTHON ?= python3
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+
+.PHONY: run test test-slow lint clean
+
+# The main job: train ResNet-20 on the embedded data set; a table, and a report with plots in runs/digits.
+run: .venv
+	.venv/bin/python experiments/train.py --config=configs/digits.py:resnet20 --workdir=runs/digits
+
+test: lint
+	.venv/bin/python -m pytest
+
+test-slow: .venv
+	.venv/bin/python -m pytest -m slow
+
+lint: .venv
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# Built anew when the dependencies change; a failed installation leaves nothing behind.
+.venv: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resvariants needs Python 3.11 or later; name one with make PYTHON=python3.x")'
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]' || (rm -rf .venv; exit 1)
+	touch .venv
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,32 @@
+"""What is wrong with the user's input, said so that they can go on."""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message says what, what is allowed and how to go on.
+
+    The programs in `experiments/` print it without a traceback and leave with exit status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A comma-separated list of the `known` names most like `name` (all of them if none is)."""
+    known = sorted(known)
+    return ", ".join(difflib.get_close_matches(name, known, count, cutoff=0.5) or known)
+
+
+def check_choice(what: str, name: str, known: Collection[str]) -> str:
+    """`name`, if it is one of `known`; otherwise an InputError that gives the allowed values."""
+    if name not in known:
+        raise InputError(f"unknown {what} {name!r}; allowed: {', '.join(sorted(known))}")
+    return name
+
+
+def choose(what: str, name: str, table: Mapping[str, T]) -> T:
+    """`table[name]`, or an InputError that gives the allowed values."""
+    return table[check_choice(what, name, table)]

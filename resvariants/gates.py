@@ -1,0 +1,61 @@
+"""What does a gate do to a unit, and which gates does stochastic depth draw?
+
+A network with L residual units takes one gate vector of shape (L,): boolean gates really skip
+units, float gates scale residual branches, None leaves everything on. Stochastic depth, lesions,
+path counts and effective-path training are all choices of this vector.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from resvariants.errors import InputError, choose
+
+
+def apply_gate(unit: nn.Module, on, off, gate, *operands, remat: bool = False):
+    """The output of `unit` under its scalar `gate`, from one of two functions.
+
+    - None: `on(unit, None, *operands)`.
+    - float: `on(unit, gate, *operands)`, which scales the branch; 0 and 1 give what the booleans
+      give, at full cost.
+    - boolean: a conditional between `on(unit, None, *operands)` and `off(unit, *operands)`. Where
+      false, the work is saved and the unit's BatchNorm statistics stay put. All devices must see
+      the same value, or collectives inside the branch never meet.
+
+    With `remat`, `on` keeps none of its intermediate values for the backward pass. (Around the
+    conditional instead of inside its branch, rematerialisation would lose the saving.)
+    """
+    if remat:
+        on = nn.remat(on)
+    if gate is None:
+        return on(unit, None, *operands)
+    if jnp.result_type(gate) == jnp.bool_:
+        return nn.cond(gate, lambda u, *a: on(u, None, *a), off, unit, *operands)
+    return on(unit, gate.astype(operands[0].dtype), *operands)
+
+
+def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:
+    """Survival probabilities p_l = 1 - (l/L)(1 - p_L), l = 1..L (Huang et al. 2016, eq. 4)."""
+    return 1 - jnp.arange(1, num_units + 1) / num_units * (1 - final)
+
+
+def uniform(num_units: int, final: float = 0.5) -> jax.Array:
+    """Survival probabilities p_l = p_L for every unit."""
+    return jnp.full((num_units,), final)
+
+
+SURVIVAL_SCHEDULES = {"linear": linear_decay, "uniform": uniform}
+
+
+def survival_probabilities(schedule: str, num_units: int, final: float) -> jax.Array:
+    """Shape (num_units,), float32: the named schedule ending at `final`, which is in (0, 1].
+
+    Raises:
+      InputError: unknown schedule, or `final` outside (0, 1].
+    """
+    if not 0 < final <= 1:
+        raise InputError(
+            f"survival probability {final} is outside (0, 1]: it is the chance that the last unit"
+            " is kept (0.5 in the paper, 1 for constant depth)"
+        )
+    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_units, final)

@@ -1,0 +1,244 @@
+"""How does a list of stages of units become a network?
+
+The parameter tree is public: `stem`, `stage1/first`, `stage1/rest`, `stage2/first`, ..., `head`.
+`rest` holds the stage's units after the first, every leaf stacked along a leading axis, so that
+deleting or permuting units is indexing. How the stack is executed (`remat`, `unroll`, gates) never
+changes the tree.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import isqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from resvariants.blocks import BasicUnit
+from resvariants.errors import InputError, check_choice
+from resvariants.gates import survival_probabilities
+from resvariants.layers import ModuleFactory, batch_norm, conv, max_pool
+
+REMAT = ("none", "block", "sqrt")
+
+
+def apply_stacked(
+    parent: nn.Module,
+    name: str,
+    unit: nn.Module,
+    x: jax.Array,
+    gates: jax.Array | None,
+    length: int,
+    *,
+    unroll: int | bool = 1,
+    group: int | None = None,
+) -> jax.Array:
+    """`length` units in sequence, compiled once: a scan over variables stacked under `name`.
+
+    This is `nn.scan` written out, because checkpointing every `group` units needs the stack cut
+    into groups and a remainder while the tree stays whole.
+
+    Args:
+      parent: the module (in its compact method) whose variables hold the stack.
+      unit: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
+      gates: shape (length,), or None.
+      unroll: units per iteration of the compiled loop; True for no loop at all.
+      group: keep only every `group`-th unit's input for the backward pass.
+    """
+    if parent.is_initializing():
+        keys = jax.random.split(parent.make_rng("params"), length)
+        spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        stacked = jax.vmap(lambda key: unit.lazy_init({"params": key}, spec))(keys)
+        for collection, tree in stacked.items():
+            parent.put_variable(collection, name, tree)
+    variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
+    mutable = [
+        c
+        for c in ("batch_stats", "intermediates")
+        if parent.is_mutable_collection(c) and not parent.is_initializing()
+    ]
+
+    def body(x, unit_slice):
+        variables, gate = unit_slice
+        return unit.apply(variables, x, gate, mutable=mutable)
+
+    def run(x, stack):
+        return lax.scan(body, x, stack, unroll=unroll)
+
+    stack = (variables, gates)
+    if group is None:
+        x, updates = run(x, stack)
+    else:
+        whole = length // group * group
+        head = jax.tree.map(lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), stack)
+        tail = jax.tree.map(lambda a: a[whole:], stack)
+        x, grouped = lax.scan(jax.checkpoint(run), x, head)
+        x, last = jax.checkpoint(run)(x, tail)
+        updates = jax.tree.map(
+            lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), grouped, last
+        )
+    for collection, tree in updates.items():
+        parent.put_variable(collection, name, tree)
+    return x
+
+
+class Stage(nn.Module):
+    """`num_units` units of one width: the first may change shape, the rest are one scanned body.
+
+    Attributes:
+      unit: a factory `(features, strides=..., remat=..., name=...)` of units.
+      remat, unroll: see `ResNet`.
+    """
+
+    unit: ModuleFactory
+    num_units: int
+    features: int
+    strides: int
+    remat: str = "none"
+    unroll: int | bool = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
+        """(batch, height, width, channels), gates (num_units,) -> the stage's output."""
+        unit = partial(self.unit, self.features, remat=self.remat != "none")
+        x = unit(strides=self.strides, name="first")(x, None if gates is None else gates[0])
+        length = self.num_units - 1
+        if length == 0:
+            return x
+        return apply_stacked(
+            self,
+            "rest",
+            unit(parent=None),
+            x,
+            None if gates is None else gates[1:],
+            length,
+            unroll=self.unroll,
+            group=isqrt(length) if self.remat == "sqrt" else None,
+        )
+
+
+class Stem(nn.Module):
+    """Convolution-BN-ReLU before the first stage, and for ImageNet a 3x3 max pool of stride 2."""
+
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    kernel_size: int = 3
+    strides: int = 1
+    pool: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Images (batch, height, width, channels) -> feature maps."""
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
+        x = nn.relu(self.norm(name="norm")(x))
+        return max_pool(x, 3, 2, 1) if self.pool else x
+
+
+ImageNetStem = partial(Stem, kernel_size=7, strides=2, pool=True)
+
+
+class ResNet(nn.Module):
+    """A stem, stages of residual (or plain) units, global average pooling and a linear classifier.
+
+    Collections `params` and `batch_stats`; rng stream `stochastic_depth` if `survival_probability`
+    is below 1.
+
+    Attributes:
+      stage_sizes: units in each stage.
+      features: output channels of each stage; every stage but the first halves the map.
+      num_classes: length of the logits; 0 gives pooled features instead.
+      unit: a unit factory, such as `BasicUnit` or a `partial` of `Unit`.
+      stem: a factory `(features, conv, norm)`.
+      stem_features: channels of the stem.
+      survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
+        unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
+        training (one draw per batch) and residuals scaled by their probability in evaluation.
+      remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
+        rest; "sqrt": keep only every sqrt(n)-th of a stage's n inputs, and recompute twice.
+      unroll: units per iteration of the compiled loop, True for all. Compile time grows with it.
+      dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
+      axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
+    """
+
+    stage_sizes: Sequence[int]
+    features: Sequence[int]
+    num_classes: int
+    unit: ModuleFactory = BasicUnit
+    stem: ModuleFactory = Stem
+    stem_features: int = 16
+    survival_probability: float = 1.0
+    survival_schedule: str = "linear"
+    remat: str = "none"
+    unroll: int | bool = 1
+    dtype: Any = None
+    axis_name: str | None = None
+
+    @property
+    def num_units(self) -> int:
+        """L, the length of the gate vector."""
+        return sum(self.stage_sizes)
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        gates: jax.Array | None = None,
+        return_features: bool = False,
+    ) -> Any:
+        """Logits of a batch of images.
+
+        Args:
+          images: (batch, height, width, channels), floating point, normalised.
+          train: use and update batch statistics.
+          gates: (num_units,), boolean (really skip) or float (scale); overrides stochastic depth.
+          return_features: return a dict `stem`, `stage1`, ..., `pooled`, `logits` instead.
+
+        Returns:
+          Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
+
+        Raises:
+          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
+        """
+        check_choice("remat", self.remat, REMAT)
+        if gates is None:
+            gates = self._stochastic_depth_gates(train)
+        elif jnp.shape(gates) != (self.num_units,):
+            raise InputError(
+                f"gates of shape {jnp.shape(gates)}: this network has {self.num_units} units and"
+                f" takes shape ({self.num_units},)"
+            )
+        make_conv = partial(conv, dtype=self.dtype)
+        make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+        unit = partial(self.unit, conv=make_conv, norm=make_norm)
+
+        x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
+        outputs = {"stem": x}
+        start = 0
+        for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
+            stage = Stage(
+                unit, size, features, min(i + 1, 2), self.remat, self.unroll, name=f"stage{i + 1}"
+            )
+            x = stage(x, None if gates is None else gates[start : start + size])
+            outputs[f"stage{i + 1}"] = x
+            start += size
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        outputs["pooled"] = x
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, name="head")(x)
+            outputs["logits"] = x
+        return outputs if return_features else x
+
+    def _stochastic_depth_gates(self, train):
+        survival = survival_probabilities(
+            self.survival_schedule, self.num_units, self.survival_probability
+        )
+        if self.survival_probability == 1 or self.is_initializing():
+            return None
+        if not train:
+            return survival
+        return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)

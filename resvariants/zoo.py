@@ -1,0 +1,192 @@
+"""Which networks exist by name, and what is each?"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from flax import linen as nn
+
+from resvariants.blocks import (
+    Unit,
+    basic_branch,
+    bottleneck_branch,
+    plain_merge,
+    residual_merge,
+)
+from resvariants.errors import InputError, choose, nearest
+from resvariants.layers import SHORTCUTS
+from resvariants.resnet import ImageNetStem, ResNet
+
+CIFAR = (32, 32, 3)
+IMAGENET = (224, 224, 3)
+
+
+def cifar_resnet(
+    depth: int,
+    num_classes: int = 10,
+    *,
+    bottleneck: bool = False,
+    plain: bool = False,
+    shortcut: str | None = None,
+    **options,
+) -> ResNet:
+    """A network for 32x32 images, three stages of n units (He et al. 2015, 4.2).
+
+    Args:
+      depth: weighted layers: 6n+2 with basic units, 9n+2 with bottlenecks.
+      plain: without shortcuts.
+      shortcut: a key of `layers.SHORTCUTS`; None is the paper's choice: A for basic units, B for
+        bottlenecks (He et al. 2016).
+      options: further attributes of `ResNet`.
+
+    Raises:
+      InputError: no whole number of units gives this depth.
+    """
+    layers = 9 if bottleneck else 6
+    n, rest = divmod(depth - 2, layers)
+    if rest or n < 1:
+        near = max(n, 1)
+        options_text = " or ".join(f"{layers * k + 2} (n={k})" for k in (near, near + 1))
+        kind = "bottleneck" if bottleneck else "two-convolution"
+        raise InputError(
+            f"depth {depth} is not {layers}n+2, as three stages of n {kind} units have it; the"
+            f" nearest depths are {options_text}"
+        )
+    widths = (64, 128, 256) if bottleneck else (16, 32, 64)
+    branch = bottleneck_branch if bottleneck else basic_branch
+    unit = _unit(branch, plain, shortcut or ("B" if bottleneck else "A"))
+    return ResNet((n, n, n), widths, num_classes, unit, **options)
+
+
+def _unit(branch, plain, shortcut):
+    # A plain unit has no parameters besides its branch: where a gate skips it, option A stands in.
+    return partial(
+        Unit,
+        branch=branch,
+        merge=plain_merge if plain else residual_merge,
+        shortcut=choose("shortcut", "A" if plain else shortcut, SHORTCUTS),
+    )
+
+
+def imagenet_resnet(
+    stage_sizes: tuple[int, ...],
+    num_classes: int = 1000,
+    *,
+    bottleneck: bool = False,
+    plain: bool = False,
+    shortcut: str = "B",
+    strided_conv: int = 1,
+    **options,
+) -> ResNet:
+    """A network for 224x224 images (He et al. 2015, table 1).
+
+    Args:
+      stage_sizes: units per stage.
+      strided_conv: which convolution of a bottleneck has the stride (see `bottleneck_branch`).
+      shortcut: a key of `layers.SHORTCUTS`.
+      options: further attributes of `ResNet`.
+    """
+    branch = basic_branch
+    if bottleneck:
+        branch = partial(bottleneck_branch, strided_conv=strided_conv)
+    widths = tuple((256 if bottleneck else 64) * 2**i for i in range(len(stage_sizes)))
+    unit = _unit(branch, plain, shortcut)
+    return ResNet(
+        stage_sizes, widths, num_classes, unit, stem=ImageNetStem, stem_features=64, **options
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named network: how to build it, the images it was made for, and where it is described."""
+
+    build: Callable[..., nn.Module]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    paper: str
+
+
+def _zoo() -> dict[str, Entry]:
+    he2015 = "He et al. 2015"
+    zoo = {}
+
+    def cifar(name, paper, depth, **options):
+        zoo[name] = Entry(partial(cifar_resnet, depth, **options), CIFAR, 10, paper)
+
+    def imagenet(name, *stage_sizes, **options):
+        build = partial(imagenet_resnet, stage_sizes, **options)
+        zoo[name] = Entry(build, IMAGENET, 1000, he2015)
+
+    for depth in (20, 32, 44, 56, 110, 1202):
+        cifar(f"resnet{depth}", he2015, depth)
+        cifar(f"resnet{depth}_b", he2015, depth, shortcut="B")
+    cifar("resnet110_c", "He et al. 2016", 110, shortcut="C")
+    for depth in (20, 32, 44, 56, 110):
+        cifar(f"plain{depth}", he2015, depth, plain=True)
+    cifar("cifar_resnet152", "Huang et al. 2016", 152)
+    for depth in (164, 1001):
+        cifar(f"resnet{depth}", "He et al. 2016", depth, bottleneck=True)
+    for depth, sizes in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):
+        imagenet(f"resnet{depth}", *sizes)
+        imagenet(f"resnet{depth}_a", *sizes, shortcut="A")
+        imagenet(f"resnet{depth}_c", *sizes, shortcut="C")
+        imagenet(f"plain{depth}", *sizes, plain=True)
+    for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
+        imagenet(f"resnet{depth}", *sizes, bottleneck=True)
+    return zoo
+
+
+ZOO = _zoo()
+
+
+def list_models() -> list[str]:
+    """The names that the papers use; `create_model` also builds CIFAR nets of any other depth."""
+    return list(ZOO)
+
+
+def find(name: str) -> Entry:
+    """The entry called `name`, or a CIFAR net of a depth outside the papers.
+
+    `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2) and, where the
+    short name is an ImageNet net's, `cifar_resnet50`.
+
+    Raises:
+      InputError: no such name, or no such depth.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    match = re.fullmatch(r"(?:cifar_)?(resnet|plain)(\d+)(_bottleneck)?", name)
+    if match is None:
+        raise InputError(
+            f"unknown model {name!r}; nearest: {nearest(name, ZOO)} (all: python -m resvariants)"
+        )
+    kind, depth, bottleneck = match.groups()
+    build = partial(
+        cifar_resnet, int(depth), plain=kind == "plain", bottleneck=bottleneck is not None
+    )
+    try:
+        build()
+    except InputError as error:
+        raise InputError(
+            f"unknown model {name!r}: {error}; nearest names: {nearest(name, ZOO)}"
+        ) from None
+    return Entry(build, CIFAR, 10, "He et al. 2015, another depth")
+
+
+def create_model(name: str, num_classes: int | None = None, **options) -> nn.Module:
+    """The network called `name`; `model.init(key, images, train=False)` gives its variables.
+
+    Args:
+      name: one of `list_models()`, or a CIFAR net of another depth (see `find`).
+      num_classes: length of the logits; None is the paper's own data set's, 0 gives features.
+      options: attributes of the network (see `ResNet`) and of its builder, such as `remat="block"`,
+        `dtype=jnp.bfloat16`, `survival_probability=0.5`, `shortcut="B"`.
+
+    Raises:
+      InputError: unknown name, with the nearest ones, or impossible depth, with valid ones nearby.
+    """
+    entry = find(name)
+    return entry.build(
+        num_classes=entry.num_classes if num_classes is None else num_classes, **options
+    )

@@ -1,0 +1,63 @@
+"""Every configuration key, once. Recipes start from here and state what they change.
+
+None stands for "not set" where a key allows it.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """ResNet-20 on the embedded digits, with the optimiser of He et al. 2015."""
+    config = ConfigDict()
+    config.seed = 0  # initialisation, shuffling, augmentation, stochastic depth
+
+    model = config.model = ConfigDict()
+    model.name = "resnet20"  # python -m resvariants lists them
+    model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters stay float32
+    model.remat = "none"  # what the backward pass recomputes: none, block or sqrt
+    model.unroll = 1  # units per iteration of the compiled loop; 0 unrolls it all
+    model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
+    model.survival_schedule = "linear"  # linear decay to it, or uniform
+
+    dataset = config.dataset = ConfigDict()
+    dataset.name = "digits"  # digits, cifar10, cifar100, svhn, svhn_extra, fashion_mnist
+    dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
+    dataset.validation_size = 0  # training images held out, chosen independently of the seed
+    dataset.normalisation = "per_pixel_mean"  # per_pixel_mean, channel or none
+    dataset.crop_padding = 0  # pad each side by so many zeros and crop at random; 0 is off
+    dataset.flip = False  # mirror every other image, at random
+
+    config.batch_size = 128  # of all devices together
+    config.eval_batch_size = 500
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.momentum = 0.9
+    optimizer.nesterov = False
+    optimizer.weight_decay = 1e-4
+    optimizer.weight_decay_parameters = "kernel$"  # a regular expression on paths; "" is all
+    optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None is no clipping
+
+    schedule = config.schedule = ConfigDict()
+    schedule.kind = "piecewise"  # piecewise or cosine
+    schedule.unit = "steps"  # of length, milestones and warmup: steps or epochs
+    schedule.length = 64_000
+    schedule.learning_rate = 0.1
+    schedule.milestones = (32_000, 48_000)  # where the rate is multiplied by factor
+    schedule.factor = 0.1
+    schedule.warmup = 0
+    schedule.warmup_learning_rate = 0.01
+    schedule.warmup_kind = "constant"  # at warmup_learning_rate, or linear from it
+    schedule.cut_to_steps = placeholder(int)  # shorten all of the above in proportion
+
+    config.label_smoothing = 0.0
+
+    config.parallel = "jit"  # jit over a mesh of all devices, or pmap
+    config.sync_batch_norm = True  # statistics of the global batch, or of each device's share
+
+    config.log_every_steps = 100
+    config.eval_every_epochs = 1.0
+    config.checkpoint_every_epochs = 1.0
+    config.keep_checkpoints = 2
+    config.tensorboard = False  # also write TensorBoard events (needs the tensorboard extra)
+    return config

@@ -1,0 +1,27 @@
+"""Street View House Numbers, cropped, with the recipe of Huang et al. 2016 (stochastic depth).
+
+    python experiments/train.py --config=configs/svhn.py:cifar_resnet152 \
+        --config.dataset.data_dir=data --workdir=runs/svhn
+
+Paper's test errors (per cent), 152 layers: constant depth 1.80; stochastic depth 1.75
+(`--config.model.survival_probability=0.5`). The paper holds out 400 training and 200 extra images
+of each class and reports the epoch of lowest validation error; here 6,000 images are held out at
+random and the last epoch is reported.
+"""
+
+from configs import default
+
+
+def get_config(model: str = "cifar_resnet152"):
+    """50 epochs of train and extra images, no augmentation, rate divided by 10 after 30 and 35."""
+    config = default.get_config()
+    config.model.name = model
+    config.dataset.name = "svhn_extra"
+    config.dataset.validation_size = 6_000
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay_parameters = ""
+    schedule = config.schedule
+    schedule.unit = "epochs"
+    schedule.length = 50
+    schedule.milestones = (30, 35)
+    return config

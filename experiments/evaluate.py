@@ -1,0 +1,29 @@
+"""Evaluates the newest checkpoint of a workdir.
+
+python experiments/evaluate.py --workdir=runs/r110 [--split=test] [--data_dir=DIR]
+"""
+
+import argparse
+
+from commandline import run
+
+from resvariants import loop
+
+
+def main() -> None:
+    """Prints loss and error over the whole split."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--split", default="test", help="test, validation or train")
+    parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
+    args = parser.parse_args()
+    values = loop.evaluate(args.workdir, args.split, args.data_dir)
+    print(
+        f"{args.workdir} at step {values['step']}, {values['images']:,} {args.split} images:"
+        f" loss {values['loss']:.4f}, error {values['error']:.2f} %"
+        f" ({values['images'] / values['seconds']:,.0f} images/s)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+"""Downloads a data set, or takes its official archive, and prepares it for `train.py` to read.
+
+python experiments/prepare.py cifar10 --data_dir=DIR [--archive_dir=DIR_WITH_THE_OFFICIAL_ARCHIVE]
+"""
+
+import argparse
+import sys
+
+import tensorflow_datasets as tfds
+
+from resvariants import sources
+from resvariants.errors import InputError
+
+
+def main() -> None:
+    """Prepares the named data set and prints where it is and what it holds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help=", ".join(sources.DATA_SETS))
+    parser.add_argument("--data_dir", help="where to prepare it (default: TFDS's own directory)")
+    parser.add_argument("--archive_dir", help="holds the official archive: nothing is downloaded")
+    args = parser.parse_args()
+    directory = sources.prepare(args.name, args.data_dir, args.archive_dir)
+    splits = tfds.builder_from_directory(directory).info.splits
+    counts = ", ".join(f"{split.num_examples:,} {name}" for name, split in splits.items())
+    print(f"{directory}: {counts} images")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

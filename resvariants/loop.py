@@ -1,0 +1,401 @@
+"""The training run: resume, step, log, evaluate, checkpoint, stop.
+
+A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`, `report.md` and, once
+finished, `result.json`. A run killed at any moment goes on from its last checkpoint to the same
+parameters, bit for bit, that it would have had.
+"""
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from resvariants import sources, zoo
+from resvariants.checkpoint import Checkpoints
+from resvariants.data import TrainingBatches, evaluation_batches, normalisation, split_validation
+from resvariants.errors import InputError, choose
+from resvariants.parallel import Parallel, make_parallel
+from resvariants.report import Reporter, print_table, result_table
+from resvariants.summary import abstract_variables, count_parameters
+from resvariants.train import (
+    TrainState,
+    create_state,
+    eval_step,
+    make_optimizer,
+    make_schedule,
+    train_step,
+)
+from resvariants.workdir import Workdir, read_config
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not finite any more."""
+
+
+class Setup(NamedTuple):
+    """What a config stands for, ready to train or to evaluate."""
+
+    model: nn.Module
+    splits: dict[str, sources.Split]
+    mean: np.ndarray
+    scale: np.ndarray
+    parallel: Parallel
+    schedule: optax.Schedule
+    total_steps: int
+    steps_per_epoch: float
+    optimizer: optax.GradientTransformation
+    new_state: Callable[[], TrainState]
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Checks a config and loads its data; touches nothing on disk.
+
+    Raises:
+      InputError: anything in the config that cannot be.
+    """
+    for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
+        if not config[key] > 0:
+            raise InputError(f"{key} is {config[key]}; it must be positive")
+    if config.keep_checkpoints < 1:
+        raise InputError(f"keep_checkpoints is {config.keep_checkpoints}; keep at least 1")
+    if config.tensorboard:
+        summary_writer()
+    sizes = {key: config[key] for key in ("batch_size", "eval_batch_size")}
+    parallel = make_parallel(config.parallel, config.sync_batch_norm, sizes)
+    data_set = choose("dataset.name", config.dataset.name, sources.DATA_SETS)
+    options = config.model
+    model = zoo.create_model(
+        options.name,
+        data_set.num_classes,
+        dtype=choose("model.dtype", options.dtype, DTYPES),
+        remat=options.remat,
+        unroll=options.unroll or True,
+        survival_probability=options.survival_probability,
+        survival_schedule=options.survival_schedule,
+        axis_name=parallel.bn_axis_name,
+    )
+    # Raises whatever the model has against its options.
+    abstract_variables(model, data_set.image_shape)
+
+    source = sources.load(config.dataset.name, config.dataset.data_dir)
+    training, validation = split_validation(source.train, config.dataset.validation_size)
+    splits = {"train": training, "test": source.test}
+    if validation is not None:
+        splits["validation"] = validation
+    steps_per_epoch = len(training.labels) / config.batch_size
+    schedule, total_steps = make_schedule(config.schedule, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    return Setup(
+        model,
+        splits,
+        *normalisation(config.dataset.normalisation, training.images),
+        parallel,
+        schedule,
+        total_steps,
+        steps_per_epoch,
+        optimizer,
+        partial(create_state, model, optimizer, config.seed, data_set.image_shape),
+    )
+
+
+def make_evaluator(setup: Setup, batch_size: int) -> Callable[[TrainState, str], dict[str, float]]:
+    """A function `(state, split) -> {loss, error, images, seconds}`, exact over the whole split.
+
+    `loss` is the mean cross-entropy, `error` in per cent.
+    """
+    step = jax.jit(partial(eval_step, model=setup.model))
+
+    def evaluate(state, split):
+        start = time.perf_counter()
+        state = jax.device_put(state, setup.parallel.replicated)
+        sums = [
+            step(state.params, state.batch_stats, batch)
+            for batch in evaluation_batches(
+                setup.splits[split],
+                batch_size,
+                setup.mean,
+                setup.scale,
+                setup.parallel.batch_sharding,
+            )
+        ]
+        total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
+        return {
+            "loss": total["loss"] / total["count"],
+            "error": 100 * total["errors"] / total["count"],
+            "images": int(total["count"]),
+            "seconds": time.perf_counter() - start,
+        }
+
+    return evaluate
+
+
+class Log:
+    """Collects the metrics of training steps into rows, and writes rows wherever they go.
+
+    Attributes:
+      rows: every row of the run so far.
+      train_seconds: time spent in training steps, over all processes of the run.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        reporter: Reporter,
+        setup: Setup,
+        config: ConfigDict,
+        train_seconds: float,
+    ):
+        """Rows are shown by `reporter` and appended to the workdir's `metrics.jsonl`."""
+        self._workdir, self._reporter = workdir, reporter
+        self._setup, self._batch_size = setup, config.batch_size
+        self._every = config.log_every_steps
+        self._writer = None
+        if config.tensorboard:
+            self._writer = summary_writer()(str(workdir.path / "tensorboard"))
+        self.rows = workdir.read_rows()
+        self.train_seconds = train_seconds
+        self._sums: list[dict] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time until now was not training."""
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of step number `step` (from 1), waiting for them if need be.
+
+        Raises:
+          TrainingDiverged: they are not finite.
+        """
+        values = {key: float(np.mean(value)) for key, value in jax.device_get(metrics).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise TrainingDiverged(
+                f"step {step}: the loss is {values['loss']:g} and the gradient norm"
+                f" {values['gradient_norm']:g} at learning rate {self._learning_rate(step):g}. Earlier checkpoints are"
+                " intact. A lower schedule.learning_rate, a longer schedule.warmup or an"
+                " optimizer.clip_norm may help."
+            )
+        self._sums.append(values)
+        self._reporter.step(step)
+        if step % self._every == 0:
+            self.flush(step)
+
+    def _learning_rate(self, step):
+        # The schedule computes in float32: 0.01, not 0.009999999776.
+        return float(f"{float(self._setup.schedule(step - 1)):.6g}")
+
+    def flush(self, step: int) -> None:
+        """Writes a row with the means over the steps since the last one, if there are any."""
+        if not self._sums:
+            return
+        seconds = time.perf_counter() - self._clock
+        self.train_seconds += seconds
+        mean = {key: float(np.mean([s[key] for s in self._sums])) for key in self._sums[0]}
+        mean["error"] *= 100
+        self.write(step, "train", mean, self._batch_size * len(self._sums) / seconds)
+        self._sums = []
+        self.restart_clock()
+
+    def write(self, step: int, split: str, metrics: dict[str, float], speed: float) -> None:
+        """Adds a row."""
+        row = {
+            "step": step,
+            "epoch": step / self._setup.steps_per_epoch,
+            "split": split,
+            **metrics,
+            "learning_rate": self._learning_rate(step),
+            "images_per_second": speed,
+        }
+        self.rows.append(row)
+        self._workdir.append_row(row)
+        self._reporter.row(row)
+        if self._writer is not None:
+            for key in row.keys() - {"step", "split"}:
+                self._writer.add_scalar(f"{split}/{key}", row[key], step)
+            self._writer.flush()
+
+
+def summary_writer():
+    """The class that writes TensorBoard events without TensorFlow.
+
+    Raises:
+      InputError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "config.tensorboard needs tensorboardX: pip install -e '.[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
+    """Trains what `config` describes in workdir `path`, or goes on with it, and gives the result.
+
+    Raises:
+      InputError: something in the config, the data or the workdir is wrong; nothing was written.
+      TrainingDiverged: the loss is not finite any more.
+    """
+    workdir = Workdir(Path(path), config)
+    if workdir.result is not None:
+        print(f"{path} is finished; its result:")
+        print_table(result_table(workdir.result))
+        return workdir.result
+
+    setup = set_up(config)
+    parallel, total = setup.parallel, setup.total_steps
+    batches = TrainingBatches(
+        setup.splits["train"],
+        config.batch_size,
+        config.seed,
+        setup.mean,
+        setup.scale,
+        crop_padding=config.dataset.crop_padding,
+        flip=config.dataset.flip,
+        sharding=parallel.batch_sharding,
+        replicated=parallel.replicated,
+    )
+    shapes = jax.eval_shape(setup.new_state)
+    evaluate = make_evaluator(setup, config.eval_batch_size)
+    eval_every, save_every = (
+        max(1, round(epochs * setup.steps_per_epoch))
+        for epochs in (config.eval_every_epochs, config.checkpoint_every_epochs)
+    )
+    workdir.create()
+    with (
+        closing(Checkpoints(workdir.checkpoints, config.keep_checkpoints)) as checkpoints,
+        Reporter(total) as reporter,
+    ):
+        start, train_seconds = checkpoints.latest_step or 0, 0.0
+        if start:
+            state, counters = checkpoints.restore(shapes, parallel.replicated)
+            train_seconds = counters["train_seconds"]
+        else:
+            state = setup.new_state()
+        workdir.keep_rows(start)
+        state = parallel.replicate(state)
+        step_fn = parallel.compile(
+            partial(
+                train_step,
+                model=setup.model,
+                optimizer=setup.optimizer,
+                seed=config.seed,
+                label_smoothing=config.label_smoothing,
+            )
+        )
+        clock = time.perf_counter()
+        compiled = step_fn.lower(state, parallel.split(batches[start])).compile()
+        compile_seconds = time.perf_counter() - clock
+        reporter.line(
+            f"{config.model.name}: {count_parameters(shapes.params):,} parameters,"
+            f" {describe_devices()}, train step compiled in {compile_seconds:.1f} s"
+            + (f", resumed at step {start}" if start else "")
+        )
+
+        log = Log(workdir, reporter, setup, config, train_seconds)
+        pending = None
+        for step in range(start + 1, total + 1):
+            state, metrics = compiled(state, parallel.split(batches[step - 1]))
+            if pending:
+                # One step late, so that the device has its next step while the host waits.
+                log.step(*pending)
+            pending = (step, metrics)
+            evaluating = step == total or step % eval_every == 0
+            saving = step == total or step % save_every == 0
+            if not evaluating and not saving:
+                continue
+            log.step(*pending)
+            log.flush(step)
+            pending = None
+            current = parallel.single(state)
+            if evaluating:
+                for split in setup.splits.keys() - {"train"}:
+                    values = evaluate(current, split)
+                    speed = values.pop("images") / values.pop("seconds")
+                    log.write(step, split, values, speed)
+            if saving:
+                checkpoints.save(step, current, {"train_seconds": log.train_seconds})
+            log.restart_clock()
+
+    result = _result(config, setup, shapes, log, compile_seconds)
+    workdir.finish(result, log.rows)
+    print_table(result_table(result))
+    return result
+
+
+def describe_devices() -> str:
+    """Such as "8 x NVIDIA H100"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def _result(config, setup, shapes, log, compile_seconds):
+    last = {row["split"]: row["error"] for row in log.rows}
+    rows = [row for row in log.rows if row["split"] == "train"]
+    starts = [0, *(row["step"] for row in rows)]
+    steps = np.array([row["step"] - start for row, start in zip(rows, starts, strict=False)])
+    in_last_epoch = np.array(starts[1:]) > setup.total_steps - setup.steps_per_epoch
+    result = {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "num_params": count_parameters(shapes.params),
+        "steps": setup.total_steps,
+        "epochs": setup.total_steps / setup.steps_per_epoch,
+        "seed": config.seed,
+        "train_error": float(
+            np.average([row["error"] for row in rows], weights=steps * in_last_epoch)
+        ),
+        "test_error": last["test"],
+        "compile_seconds": compile_seconds,
+        "train_seconds": log.train_seconds,
+        "images_per_second": setup.total_steps * config.batch_size / log.train_seconds,
+        "devices": describe_devices(),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("resvariants", "jax", "flax", "optax", "orbax-checkpoint")
+            },
+        },
+    }
+    if "validation" in last:
+        result["val_error"] = last["validation"]
+    memory = [device.memory_stats() for device in jax.local_devices()]
+    if all(memory):
+        result["peak_memory_bytes"] = max(stats["peak_bytes_in_use"] for stats in memory if stats)
+    return result
+
+
+def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
+
+    Returns:
+      `step`, `loss`, `error` (per cent), `images` and `seconds`.
+
+    Raises:
+      InputError: no workdir, no checkpoint, no such split, or data that cannot be read.
+    """
+    config = read_config(Path(path))
+    if data_dir is not None:
+        config.dataset.data_dir = data_dir
+    setup = set_up(config)
+    choose("split", split, setup.splits)
+    with closing(Checkpoints(Path(path) / "checkpoints", 1)) as checkpoints:
+        step = checkpoints.latest_step
+        shapes = jax.eval_shape(setup.new_state)
+        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
+    return {"step": step, **make_evaluator(setup, config.eval_batch_size)(state, split)}

@@ -1,0 +1,110 @@
+"""How is the one train step compiled: `jit` over a mesh of all devices, or `pmap`?
+
+What BatchNorm sees: with `sync_batch_norm`, the global batch, in both modes, with equal results.
+Without, each device normalises with its own share of the batch, in both modes, with equal results;
+running statistics are averaged over devices at every step.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resvariants.errors import InputError, check_choice
+
+AXIS = "batch"
+
+
+class Parallel(NamedTuple):
+    """One way to run a step on all devices.
+
+    Attributes:
+      compile: a step `(state, batch, *, axis_name=None) -> (state, metrics)` -> the same, jitted,
+        for states and batches laid out by the functions below. It donates the state.
+      replicate: a state -> a copy for every device.
+      single: a replicated state -> the state.
+      split: a batch -> its shares for the devices.
+      metrics: what the step returned -> one number each.
+      batch_sharding, replicated: how arrays lie outside the step.
+      bn_axis_name: what to give the model as `axis_name`.
+    """
+
+    compile: Callable[[Callable], Any]
+    replicate: Callable[[Any], Any]
+    single: Callable[[Any], Any]
+    split: Callable[[Any], Any]
+    batch_sharding: NamedSharding
+    replicated: NamedSharding
+    bn_axis_name: str | None
+
+
+def make_parallel(mode: str, sync_batch_norm: bool, batch_sizes: dict[str, int]) -> Parallel:
+    """All devices, driven by `mode`: "jit" or "pmap".
+
+    Raises:
+      InputError: unknown mode, or a batch size that the devices cannot share equally.
+    """
+    check_choice("parallel", mode, ("jit", "pmap"))
+    devices = np.array(jax.devices())
+    count = devices.size
+    for key, size in batch_sizes.items():
+        if size < 1 or size % count:
+            below = max(size // count, 1) * count
+            raise InputError(
+                f"{key} {size} cannot be shared equally by {count} devices;"
+                f" the nearest that can: {below} or {below + count}"
+            )
+    mesh = Mesh(devices, (AXIS,))
+    sharded = NamedSharding(mesh, PartitionSpec(AXIS))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    if mode == "pmap":
+        # Every array has a leading axis of one entry per device.
+        stack = jax.jit(
+            lambda tree: jax.tree.map(lambda x: jax.numpy.broadcast_to(x, (count, *x.shape)), tree),
+            out_shardings=sharded,
+        )
+        split = jax.jit(
+            lambda tree: jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree),
+            out_shardings=sharded,
+        )
+        return Parallel(
+            compile=lambda step: jax.pmap(
+                partial(step, axis_name=AXIS), axis_name=AXIS, donate_argnums=0
+            ),
+            replicate=stack,
+            single=lambda tree: jax.tree.map(lambda x: x[0], tree),
+            split=split,
+            batch_sharding=sharded,
+            replicated=replicated,
+            bn_axis_name=AXIS if sync_batch_norm else None,
+        )
+
+    def compile_jit(step):
+        if not sync_batch_norm:
+            step = jax.shard_map(
+                partial(step, axis_name=AXIS),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+                out_specs=PartitionSpec(),
+                check_vma=False,  # the step averages its gradients itself, as under pmap
+            )
+        return jax.jit(
+            step,
+            in_shardings=(replicated, sharded),
+            out_shardings=(replicated, replicated),
+            donate_argnums=0,
+        )
+
+    return Parallel(
+        compile=compile_jit,
+        replicate=lambda tree: jax.device_put(tree, replicated),
+        single=lambda tree: tree,
+        split=lambda tree: tree,
+        batch_sharding=sharded,
+        replicated=replicated,
+        bn_axis_name=None,
+    )

@@ -1,0 +1,145 @@
+"""How does a run show itself: live progress, learning curves, a report."""
+
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """A progress bar with lines above it on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int):
+        """For a run of `total` steps."""
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total)
+        self._last_line = -math.inf
+
+    def __enter__(self):
+        """Starts the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        """Leaves the terminal as it was."""
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._bar.console.print(text, markup=False)
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics: training rows on the bar, or every ten seconds as a line."""
+        text = format_row(row)
+        if row["split"] != "train":
+            self.line(text)
+        elif self._console.is_terminal:
+            self._bar.update(self._task, description=text)
+        elif time.monotonic() - self._last_line > 10:
+            self._last_line = time.monotonic()
+            self.line(text)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One row of metrics as a line."""
+    return (
+        f"step {row['step']:>6}  epoch {row['epoch']:7.2f}  {row['split']:10}"
+        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %"
+        f"  {row['images_per_second']:8,.0f} images/s"
+    )
+
+
+def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Error against steps in the papers' style: training dashed, held-out splits solid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    styles = {"train": ("--", 1.0), "validation": (":", 1.6), "test": ("-", 1.8)}
+    for split, (style, width) in styles.items():
+        points = [(row["step"], row["error"]) for row in rows if row["split"] == split]
+        if points:
+            label = split if split == "train" else f"{split}, last {points[-1][1]:.2f} %"
+            axes.plot(*zip(*points, strict=True), style, color="C0", linewidth=width, label=label)
+    # The last part of a run matters most; the first steps at chance level would flatten it.
+    errors = sorted(row["error"] for row in rows)
+    axes.set_ylim(0, max(1.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
+    rates = [(row["step"], row["learning_rate"]) for row in rows if row["split"] == "train"]
+    for (_, before), (step, after) in pairwise(rates):
+        if after < 0.5 * before:
+            axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="step", ylabel="error (%)", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What matters of a result, as (name, value)."""
+    table = [
+        ("model", result["model"]),
+        ("parameters", f"{result['num_params']:,}"),
+        ("data set", result["dataset"]),
+        ("steps (epochs)", f"{result['steps']:,} ({result['epochs']:.1f})"),
+        ("seed", str(result["seed"])),
+        ("training error, last epoch", f"{result['train_error']:.2f} %"),
+    ]
+    if "val_error" in result:
+        table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
+    table += [
+        ("test error, last epoch", f"{result['test_error']:.2f} %"),
+        ("compilation", f"{result['compile_seconds']:.1f} s"),
+        ("training", f"{result['train_seconds']:.1f} s"),
+        ("images per second", f"{result['images_per_second']:,.0f}"),
+        ("devices", result["devices"]),
+    ]
+    return table
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints (name, value) pairs as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """`report.md`: the result's table and the curves drawn beside it."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"# {result['model']} on {result['dataset']}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in result_table(result)),
+        "",
+        "![learning curves](curves.png)",
+        "",
+        "Training error is that of the last epoch's batches as they were trained on (augmented,"
+        " with batch statistics); grey lines mark where the learning rate fell. The configuration"
+        " is in"
+        f" `config.json`. Versions: {versions}.",
+        "",
+    ]
+    path.write_text("\n".join(lines))

@@ -1,0 +1,180 @@
+"""The one train step, the evaluation step, the optimiser and its schedule: pure functions."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct, traverse_util
+
+from resvariants.errors import InputError, check_choice
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes from step to step."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_shape: Sequence[int],
+) -> TrainState:
+    """A fresh state; `image_shape` is (height, width, channels)."""
+
+    @jax.jit
+    def init(key):
+        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+        params = variables["params"]
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            variables.get("batch_stats", {}),
+            optimizer.init(params),
+        )
+
+    return init(jax.random.key(seed))
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    label_smoothing: float = 0.0,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of stochastic gradient descent, the same for every model.
+
+    Args:
+      state: the state before.
+      batch: `image` (batch, height, width, channels), `label` (batch,) int32.
+      seed: with the step number it determines every random draw.
+      axis_name: the device axis when run per device (`pmap`, `shard_map`); gradients, statistics
+        and metrics are averaged over it. Under a sharded `jit` the batch is the global one.
+
+    Returns:
+      The state after, and float metrics `loss`, `error` (share of wrong labels) and
+      `gradient_norm`, all of the batch before the update.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def loss_fn(params):
+        logits: Any
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            # The key depends on the step alone: all devices must agree on which units to skip.
+            rngs={"stochastic_depth": key},
+        )
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+        targets = optax.smooth_labels(targets, label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (logits, updates.get("batch_stats", {}))
+
+    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    error = jnp.mean(logits.argmax(-1) != batch["label"])
+    if axis_name is not None:
+        grads, stats, loss, error = jax.lax.pmean((grads, stats, loss, error), axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "error": error, "gradient_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+
+def eval_step(
+    params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
+) -> dict[str, jax.Array]:
+    """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`."""
+    logits: Any = model.apply(
+        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False, gates=gates
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    wrong = logits.argmax(-1) != batch["label"]
+    mask = batch["mask"]
+    return {
+        "loss": jnp.sum(loss, where=mask),
+        "errors": jnp.sum(wrong & mask),
+        "count": jnp.sum(mask),
+    }
+
+
+def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int]:
+    """The learning rate as a function of the step, and the number of steps.
+
+    Args:
+      schedule: the `schedule` part of a config (documented in `configs/default.py`).
+      steps_per_epoch: training images / batch size.
+
+    Raises:
+      InputError: unknown kind or unit, or an empty or disordered schedule.
+    """
+    check_choice("schedule.unit", schedule.unit, ("steps", "epochs"))
+    check_choice("schedule.kind", schedule.kind, ("piecewise", "cosine"))
+    check_choice("schedule.warmup_kind", schedule.warmup_kind, ("constant", "linear"))
+    scale = steps_per_epoch if schedule.unit == "epochs" else 1.0
+    if schedule.cut_to_steps is not None:
+        scale = schedule.cut_to_steps / schedule.length
+    length = round(schedule.length * scale)
+    warmup = round(schedule.warmup * scale)
+    milestones = [round(milestone * scale) for milestone in schedule.milestones]
+    if length < 1:
+        raise InputError(f"schedule.length {schedule.length} {schedule.unit} gives no step at all")
+    if not 0 <= warmup < length or milestones != sorted(milestones):
+        raise InputError(
+            f"schedule.warmup {schedule.warmup} and milestones {schedule.milestones} must lie in"
+            f" order within schedule.length {schedule.length} ({schedule.unit})"
+        )
+    rate = schedule.learning_rate
+    if schedule.kind == "cosine":
+        main = optax.cosine_decay_schedule(rate, length - warmup)
+    else:
+        # Cut very short, neighbouring milestones may fall on one step: their factors multiply.
+        factors: dict[int, float] = {}
+        for milestone in milestones:
+            at = milestone - warmup
+            factors[at] = factors.get(at, 1.0) * schedule.factor
+        main = optax.piecewise_constant_schedule(rate, factors)
+    if not warmup:
+        return main, length
+    end = rate if schedule.warmup_kind == "linear" else schedule.warmup_learning_rate
+    start = optax.linear_schedule(schedule.warmup_learning_rate, end, warmup)
+    return optax.join_schedules([start, main], [warmup]), length
+
+
+def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Stochastic gradient descent with momentum, as Torch writes it.
+
+    Weight decay joins the gradient before the momentum; the learning rate multiplies the velocity.
+    (Caffe, the ResNet authors' tool, keeps the rate inside the velocity: the two differ for a few
+    steps after the rate changes.)
+
+    Args:
+      optimizer: the `optimizer` part of a config (documented in `configs/default.py`).
+      learning_rate: a function of the step.
+    """
+    decayed = re.compile(optimizer.weight_decay_parameters)
+
+    def decay_mask(params):
+        # By path, not by rank: the scales of stacked BatchNorms have two dimensions.
+        flat = traverse_util.flatten_dict(params, sep="/")
+        mask = {path: decayed.search(path) is not None for path in flat}
+        return traverse_util.unflatten_dict(mask, sep="/")
+
+    return optax.chain(
+        *([optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []),
+        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        optax.sgd(learning_rate, optimizer.momentum, nesterov=optimizer.nesterov),
+    )

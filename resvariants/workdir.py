@@ -1,0 +1,130 @@
+"""The folder of one run: `config.json`, `metrics.jsonl`, `checkpoints/`, and what comes of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from resvariants.errors import InputError
+from resvariants.report import draw_curves, write_report
+
+
+class Workdir:
+    """A run's folder, new or to be continued.
+
+    Attributes:
+      path: the folder.
+      checkpoints: where Orbax writes.
+      result: what `finish` wrote, or None while the run is not finished.
+    """
+
+    def __init__(self, path: Path, config: ConfigDict):
+        """Looks without touching.
+
+        Raises:
+          InputError: the folder holds a run with another config or something else altogether, or
+            cannot be written.
+        """
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.result = None
+        # Through JSON, so that tuples compare equal to the lists that they become.
+        self._config = json.loads(config.copy_and_resolve_references().to_json())
+        ancestor = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+            raise InputError(f"cannot write workdir {path}: {ancestor} is no writable folder")
+        if (path / "config.json").exists():
+            _refuse_differences(path, self._config, _read_json(path / "config.json"))
+            if (path / "result.json").exists():
+                self.result = _read_json(path / "result.json")
+        elif path.exists():
+            others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+            if others:
+                raise InputError(
+                    f"{path} is no workdir of a run, and not empty ({', '.join(others[:3])}, ...);"
+                    " name a new folder"
+                )
+
+    def create(self) -> None:
+        """Makes the folder and writes the config, unless they are there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / "config.json", self._config)
+        except OSError as error:
+            raise InputError(f"cannot write workdir {self.path}: {error.strerror}") from error
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, less a last one that was cut short."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def keep_rows(self, last_step: int) -> None:
+        """Drops the rows after `last_step`: the run is about to write them again."""
+        rows = [row for row in self.read_rows() if row["step"] <= last_step]
+        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append_row(self, row: dict[str, Any]) -> None:
+        """Adds a row to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def finish(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Writes `curves.png`, `report.md` and, last, `result.json`."""
+        title = f"{result['model']} on {result['dataset']}"
+        draw_curves(rows, title, self.path / "curves.png")
+        write_report(result, self.path / "report.md")
+        _write_json(self.path / "result.json", result)
+
+
+def read_config(path: Path) -> ConfigDict:
+    """The config of the run in workdir `path`.
+
+    Raises:
+      InputError: there is none.
+    """
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is no workdir: it has no config.json (train.py makes workdirs)")
+    return ConfigDict(_read_json(path / "config.json"))
+
+
+def _refuse_differences(path, here, there):
+    here, there = _flat(here), _flat(there)
+    differing = [
+        f"  {key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key, "absent") != there.get(key, "absent")
+    ]
+    if differing:
+        raise InputError(
+            f"workdir {path} holds a run with another config:\n"
+            + "\n".join(differing)
+            + "\nName another workdir, or give the config that it was started with."
+        )
+
+
+def _flat(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        path = prefix + key
+        flat.update(_flat(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _write_json(path, value):
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path, text):
+    # Renamed into place: whoever reads, at whatever moment we are killed, finds a whole file.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

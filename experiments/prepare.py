@@ -15,7 +15,8 @@ from resvariants.errors import InputError
 def main() -> None:
     """Prepares the named data set and prints where it is and what it holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help=", ".join(sources.DATA_SETS))
+    stored = [name for name, entry in sources.DATA_SETS.items() if entry.stored_as]
+    parser.add_argument("name", help=", ".join(stored))
     parser.add_argument("--data_dir", help="where to prepare it (default: TFDS's own directory)")
     parser.add_argument("--archive_dir", help="holds the official archive: nothing is downloaded")
     args = parser.parse_args()

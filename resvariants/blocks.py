@@ -82,13 +82,13 @@ class Unit(nn.Module):
         """The unit's output; `gate` is a scalar, boolean or float (see `gates.apply_gate`)."""
         shape = (self.features, self.strides, self.conv, self.norm)
 
-        def on(unit, gate, x, shortcut):
-            return unit.merge(shortcut, unit.branch(x, *shape), gate)
+        def on(unit, gate, x):
+            return unit.merge(unit.shortcut(x, *shape), unit.branch(x, *shape), gate)
 
-        def off(unit, x, shortcut):
-            return unit.merge(shortcut)
+        def off(unit, x):
+            return unit.merge(unit.shortcut(x, *shape))
 
-        return apply_gate(self, on, off, gate, x, self.shortcut(x, *shape), remat=self.remat)
+        return apply_gate(self, on, off, gate, x, remat=self.remat)
 
 
 BasicUnit = Unit

@@ -12,26 +12,26 @@ from flax import linen as nn
 from resvariants.errors import InputError, choose
 
 
-def apply_gate(unit: nn.Module, on, off, gate, *operands, remat: bool = False):
-    """The output of `unit` under its scalar `gate`, from one of two functions.
+def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
+    """The output of `unit` for input `x` under its scalar `gate`, from one of two functions.
 
-    - None: `on(unit, None, *operands)`.
-    - float: `on(unit, gate, *operands)`, which scales the branch; 0 and 1 give what the booleans
-      give, at full cost.
-    - boolean: a conditional between `on(unit, None, *operands)` and `off(unit, *operands)`. Where
-      false, the work is saved and the unit's BatchNorm statistics stay put. All devices must see
-      the same value, or collectives inside the branch never meet.
+    - None: `on(unit, None, x)`.
+    - float: `on(unit, gate, x)`, which scales the branch; 0 and 1 give what the booleans give, at
+      full cost.
+    - boolean: a conditional between `on(unit, None, x)` and `off(unit, x)`. Where false, the work
+      is saved and the branch's BatchNorm statistics stay put. All devices must see the same value,
+      or collectives inside the branch never meet.
 
-    With `remat`, `on` keeps none of its intermediate values for the backward pass. (Around the
-    conditional instead of inside its branch, rematerialisation would lose the saving.)
+    With `remat`, only `x` is kept for the backward pass. (Around the conditional instead of inside
+    its branches, rematerialisation would run both.)
     """
     if remat:
-        on = nn.remat(on)
+        on, off = nn.remat(on), nn.remat(off)
     if gate is None:
-        return on(unit, None, *operands)
+        return on(unit, None, x)
     if jnp.result_type(gate) == jnp.bool_:
-        return nn.cond(gate, lambda u, *a: on(u, None, *a), off, unit, *operands)
-    return on(unit, gate.astype(operands[0].dtype), *operands)
+        return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
+    return on(unit, gate.astype(x.dtype), x)
 
 
 def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:

@@ -185,9 +185,9 @@ class Log:
         if not all(map(math.isfinite, values.values())):
             raise TrainingDiverged(
                 f"step {step}: the loss is {values['loss']:g} and the gradient norm"
-                f" {values['gradient_norm']:g} at learning rate {self._learning_rate(step):g}. Earlier checkpoints are"
-                " intact. A lower schedule.learning_rate, a longer schedule.warmup or an"
-                " optimizer.clip_norm may help."
+                f" {values['gradient_norm']:g} at learning rate {self._learning_rate(step):g}."
+                " Earlier checkpoints are intact. A lower schedule.learning_rate, a longer"
+                " schedule.warmup or an optimizer.clip_norm may help."
             )
         self._sums.append(values)
         self._reporter.step(step)

@@ -54,11 +54,7 @@ def apply_stacked(
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
-    mutable = [
-        c
-        for c in ("batch_stats", "intermediates")
-        if parent.is_mutable_collection(c) and not parent.is_initializing()
-    ]
+    mutable = [c for c in ("batch_stats", "intermediates") if parent.is_mutable_collection(c)]
 
     def body(x, unit_slice):
         variables, gate = unit_slice
@@ -79,8 +75,9 @@ def apply_stacked(
         updates = jax.tree.map(
             lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), grouped, last
         )
-    for collection, tree in updates.items():
-        parent.put_variable(collection, name, tree)
+    if not parent.is_initializing():
+        for collection, tree in updates.items():
+            parent.put_variable(collection, name, tree)
     return x
 
 

@@ -197,8 +197,7 @@ def _read(builder: Any, split: str, entry: DataSet) -> Split:
     source = builder.as_data_source(split, decoders=skip)
     images = np.empty((len(source), *entry.image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
-    # Many at a time, because one by one TFDS is slow; in one thread, because Pillow gains nothing
-    # from several on images this small.
+    # In one thread: on images this small several only wait for each other.
     for start in range(0, len(source), 1024):
         batch = source.__getitems__(range(start, min(start + 1024, len(source))))
         for index, example in enumerate(batch, start):

@@ -70,7 +70,6 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss_fn(params):
-        logits: Any
         logits, updates = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
@@ -90,7 +89,7 @@ def train_step(
         grads, stats, loss, error = jax.lax.pmean((grads, stats, loss, error), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "error": error, "gradient_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "error": error, "gradient_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, stats, opt_state), metrics
 
 

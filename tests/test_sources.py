@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -150,7 +151,7 @@ def root(prepared, tmp_path):
 
 
 def command(name, root):
-    return f"python experiments/prepare.py {name} --data_dir={root}"
+    return f"python experiments/prepare.py {name} --data_dir={shlex.quote(str(root))}"
 
 
 def as_dict(images, labels):
@@ -252,11 +253,12 @@ def test_digits_need_no_preparation(tmp_path):
 
 
 def test_not_prepared(prepared, tmp_path):
+    root = tmp_path / "my data"
     # What a killed preparation leaves behind is not taken for a prepared data set.
-    shutil.copytree(prepared / "cifar10/3.0.2", tmp_path / "cifar10/incomplete.ABCDEF_3.0.2")
+    shutil.copytree(prepared / "cifar10/3.0.2", root / "cifar10/incomplete.ABCDEF_3.0.2")
     with pytest.raises(InputError, match=r"not prepared: there is no .*/cifar10/3\.0\.2") as caught:
-        sources.load("cifar10", str(tmp_path))
-    assert command("cifar10", tmp_path) in str(caught.value)
+        sources.load("cifar10", str(root))
+    assert command("cifar10", root) in str(caught.value)
 
 
 def test_import_is_light_and_the_default_directory_is_that_of_tfds(tmp_path):

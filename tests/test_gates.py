@@ -1,0 +1,120 @@
+"""Stochastic depth: schedules, draws, and what a dropped unit leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_resnet import TINY, images, random_variables
+
+from resvariants import InputError, create_model
+from resvariants.gates import linear_decay, survival_probabilities, uniform
+
+
+def test_linear_decay_is_equation_4():
+    survival = np.asarray(linear_decay(54))
+    assert survival[0] == pytest.approx(0.99074, abs=1e-5)
+    assert survival[-1] == 0.5
+    assert survival.sum() == pytest.approx(40.25)
+    np.testing.assert_allclose(np.diff(survival), -0.5 / 54, rtol=1e-4)
+    assert float(linear_decay(54, 0.2).sum()) / 54 == pytest.approx(0.59, abs=0.005)
+
+
+def test_uniform_survival_is_the_same_for_all():
+    np.testing.assert_array_equal(uniform(7, 0.25), np.full(7, 0.25, np.float32))
+
+
+@pytest.mark.parametrize("final", [0.0, -0.1, 1.01, float("nan")])
+def test_survival_outside_the_unit_interval_is_refused(final):
+    with pytest.raises(InputError, match=r"outside \(0, 1\]"):
+        survival_probabilities("linear", 9, final)
+
+
+@pytest.fixture(scope="module")
+def net():
+    model = create_model("resnet20", survival_probability=0.5)
+    variables, x = random_variables(model, TINY), images(4, *TINY)
+
+    @jax.jit
+    def trained(key):
+        return model.apply(
+            variables,
+            x,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"stochastic_depth": key},
+        )
+
+    return model, variables, x, trained
+
+
+def test_units_survive_as_often_as_the_schedule_says(net):
+    model, variables, _, trained = net
+    draws = 400
+
+    def kept(stats):
+        """Whose statistics moved: one boolean a unit."""
+        flags = []
+        for stage in ("stage1", "stage2", "stage3"):
+            before, after = variables["batch_stats"][stage], stats[stage]
+            moved = before["first"]["norm1"]["mean"] != after["first"]["norm1"]["mean"]
+            flags.append(moved.any(keepdims=True))
+            moved = before["rest"]["norm1"]["mean"] != after["rest"]["norm1"]["mean"]
+            flags.append(moved.any(-1))
+        return jnp.concatenate(flags)
+
+    keys = jax.random.split(jax.random.key(3), draws)
+    flags = np.array([kept(trained(key)[1]["batch_stats"]) for key in keys])
+    expected = np.asarray(linear_decay(model.num_units))
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    assert np.all(np.abs(flags.mean(0) - expected) < 4 * deviation)
+    assert 0 < flags.sum() < flags.size
+
+
+def test_the_same_key_drops_the_same_units(net):
+    *_, trained = net
+    first, second = trained(jax.random.key(5)), trained(jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_evaluation_scales_residuals_by_their_survival_probability(net):
+    model, variables, x, _ = net
+    constant = create_model("resnet20")
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=False),
+        constant.apply(variables, x, train=False, gates=linear_decay(9)),
+        atol=1e-6,
+    )
+    difference = model.apply(variables, x, train=False) - constant.apply(variables, x, train=False)
+    assert np.abs(difference).max() > 1e-3
+
+
+def test_explicit_gates_override_the_draw(net):
+    model, variables, x, _ = net
+    constant = create_model("resnet20")
+    gates = jnp.ones(9, bool)
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=False, gates=gates),
+        constant.apply(variables, x, train=False),
+        atol=1e-5,
+    )
+
+
+def test_a_skipped_unit_of_constant_shape_is_the_identity():
+    model = create_model("resnet8", num_classes=0)
+    variables, x = random_variables(model, TINY), images(2, *TINY)
+    features = model.apply(
+        variables, x, train=False, gates=jnp.array([False, True, True]), return_features=True
+    )
+    np.testing.assert_array_equal(features["stage1"], features["stem"])
+
+
+def test_skipped_units_get_no_gradient(net):
+    model, variables, x, _ = net
+    gates = jnp.ones(9, bool).at[4].set(False)
+
+    def loss(params):
+        tree = {"params": params, "batch_stats": variables["batch_stats"]}
+        return jnp.sum(model.apply(tree, x, train=False, gates=gates) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(variables["params"])["stage2"]["rest"]["conv1"]["kernel"]
+    assert not np.any(grads[0]) and np.any(grads[1])

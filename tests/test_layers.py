@@ -1,0 +1,145 @@
+"""Convolutions and shortcuts against plain numpy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import linen as nn
+from jax import lax
+
+from resvariants import layers
+
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def gradients(convolve, x, kernel, grad):
+    """How the library is used at depth: the convolution inside a scan."""
+
+    def loss(x, kernel):
+        def body(total, _):
+            return total + jnp.sum(convolve(x, kernel) * grad), None
+
+        return lax.scan(body, jnp.zeros(()), length=1)[0]
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "dilation", "groups", "shape"),
+    [
+        (3, 1, 1, 1, 1, (8, 8)),
+        (3, 2, 1, 1, 1, (8, 8)),
+        (3, 2, 1, 1, 1, (7, 9)),
+        (1, 1, 0, 1, 1, (6, 6)),
+        (1, 2, 0, 1, 1, (8, 8)),
+        (1, 2, 0, 1, 1, (7, 7)),
+        (7, 2, 3, 1, 1, (16, 16)),
+        (3, 3, 0, 1, 1, (11, 11)),
+        (3, 1, 2, 2, 1, (8, 8)),
+        (3, 2, 2, 2, 1, (9, 8)),
+        (3, 1, 1, 1, 2, (8, 8)),
+        (3, 2, 1, 1, 2, (8, 8)),
+    ],
+)
+def test_convolution_and_its_gradients(size, stride, padding, dilation, groups, shape):
+    x, kernel = draw(2, *shape, 4), draw(size, size, 4 // groups, 6)
+    convolve = partial(
+        layers.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=[(padding, padding)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC),
+        feature_group_count=groups,
+    )
+    y = convolve(x, kernel)
+    np.testing.assert_allclose(
+        y, reference.conv2d(x, kernel, stride, padding, groups, dilation), atol=1e-4
+    )
+    grad = draw(*y.shape)
+    expected = reference.conv2d_gradients(x, kernel, grad, stride, padding, groups, dilation)
+    for ours, theirs in zip(gradients(convolve, x, kernel, grad), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_dense_convolutions_take_the_fast_gradients_and_grouped_ones_do_not():
+    def primitives(groups):
+        conv = layers.conv(4, 3, feature_group_count=groups)
+        x = jnp.zeros((1, 5, 5, 4))
+        variables = conv.init(jax.random.key(0), x)
+        return str(jax.make_jaxpr(conv.apply)(variables, x))
+
+    assert "custom_vjp" in primitives(1)
+    assert "custom_vjp" not in primitives(2)
+
+
+def test_gradients_of_gradients_agree_with_autodiff():
+    x, kernel = draw(1, 6, 6, 2), draw(3, 3, 2, 2)
+
+    def curvature(convolve):
+        def loss(kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel)))
+
+        return jax.jit(jax.grad(lambda k: jnp.sum(jax.grad(loss)(k) ** 2)))(kernel)
+
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC)
+    settings = {"window_strides": (2, 2), "padding": [(1, 1)] * 2, "dimension_numbers": numbers}
+    ours = curvature(partial(layers.conv_general_dilated, **settings))
+    theirs = curvature(partial(lax.conv_general_dilated, **settings))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_is_symmetric_at_stride_2():
+    x = draw(1, 8, 8, 3)
+    conv = layers.conv(5, 3, 2)
+    variables = conv.init(jax.random.key(0), x)
+    kernel = variables["params"]["kernel"]
+    np.testing.assert_allclose(
+        conv.apply(variables, x), reference.conv2d(x, kernel, 2, 1), atol=1e-4
+    )
+
+
+def test_initialisation_is_he_fan_out():
+    variables = layers.conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
+    kernel = variables["params"]["kernel"]
+    assert float(kernel.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+    assert abs(float(kernel.mean())) < 1e-3
+
+
+def test_option_a_subsamples_and_appends_zero_channels():
+    x = draw(2, 8, 8, 4)
+    y = layers.identity_shortcut(x, 6, 2)
+    np.testing.assert_array_equal(y[..., :4], x[:, ::2, ::2])
+    np.testing.assert_array_equal(y[..., 4:], 0)
+    pooled = layers.identity_shortcut(x, 6, 2, average=True)
+    np.testing.assert_allclose(
+        pooled, reference.parameter_free_shortcut(x, 6, 2, average=True), atol=1e-6
+    )
+    np.testing.assert_array_equal(layers.identity_shortcut(x, 4, 1), x)
+
+
+def test_option_a_cannot_narrow():
+    with pytest.raises(ValueError, match="cannot narrow 4 channels to 3"):
+        layers.identity_shortcut(draw(1, 2, 2, 4), 3, 1)
+
+
+def test_max_pool_pads_with_minus_infinity():
+    x = -jnp.abs(draw(2, 7, 8, 3)) - 1
+    np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), reference.max_pool(x, 3, 2, 1))
+
+
+def test_running_statistics_keep_nine_tenths():
+    x = draw(4, 3, 3, 2) * 3 + 1
+    module = layers.batch_norm(train=True)()
+    variables = module.init(jax.random.key(0), x)
+    _, updates = module.apply(variables, x, mutable=["batch_stats"])
+    mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-4)
+    assert isinstance(module, nn.BatchNorm)

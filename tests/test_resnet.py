@@ -1,0 +1,288 @@
+"""Whole networks against the plain numpy reference, and every way to execute them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import linen as nn
+
+import resvariants as rv
+from resvariants import InputError, create_model
+from resvariants.blocks import BottleneckUnit
+from resvariants.resnet import ResNet
+from resvariants.zoo import cifar_resnet, imagenet_resnet
+
+
+def random_variables(model, shape, seed=0):
+    """Variables with nothing left at 0 or 1, so that no mistake hides behind an initial value."""
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    tree = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(size=leaf.shape, scale=np.prod(leaf.shape[-4:-1]) ** -0.5)
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, leaf.shape)
+        return rng.normal(size=leaf.shape, scale=0.3)
+
+    drawn = jax.tree_util.tree_map_with_path(draw, tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), drawn)
+
+
+def images(batch, *shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, *shape)), jnp.float32)
+
+
+def check_tree(ours, theirs, atol=1e-4):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), ours, theirs)
+
+
+TINY = (16, 16, 3)
+NETS = {
+    "option A": (cifar_resnet(14), {"stage_sizes": (2, 2, 2)}),
+    "option A, averaged": (
+        cifar_resnet(14, shortcut="A_average"),
+        {"stage_sizes": (2, 2, 2), "shortcut": "A_average"},
+    ),
+    "option B": (cifar_resnet(14, shortcut="B"), {"stage_sizes": (2, 2, 2), "shortcut": "B"}),
+    "option C": (cifar_resnet(20, shortcut="C"), {"stage_sizes": (3, 3, 3), "shortcut": "C"}),
+    "plain": (cifar_resnet(20, plain=True), {"stage_sizes": (3, 3, 3), "plain": True}),
+    "bottlenecks": (
+        cifar_resnet(20, bottleneck=True),
+        {"stage_sizes": (2, 2, 2), "bottleneck": True, "shortcut": "B"},
+    ),
+    "ImageNet stem, basic": (
+        imagenet_resnet((2, 1, 1, 1), 7),
+        {"stage_sizes": (2, 1, 1, 1), "shortcut": "B", "imagenet_stem": True},
+    ),
+    "ImageNet stem, bottlenecks with stride in the 3x3": (
+        imagenet_resnet((1, 2, 1, 1), 7, bottleneck=True, strided_conv=2),
+        {
+            "stage_sizes": (1, 2, 1, 1),
+            "bottleneck": True,
+            "shortcut": "B",
+            "imagenet_stem": True,
+            "strided_conv": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_network_equals_the_reference(name):
+    model, facts = NETS[name]
+    # Odd sizes show where a stride starts; averaging needs even ones.
+    shape = (37, 35, 3) if "imagenet_stem" in facts else TINY
+    variables, x = random_variables(model, shape), images(3, *shape)
+
+    @jax.jit
+    def both(variables, x):
+        outputs = model.apply(variables, x, train=False, return_features=True)
+        trained = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return outputs, trained
+
+    outputs, (trained, updates) = both(variables, x)
+    logits, _, features = reference.forward(variables, x, **facts)
+    np.testing.assert_allclose(outputs.pop("logits"), logits, atol=1e-4)
+    check_tree(outputs, features)
+    logits, stats, _ = reference.forward(variables, x, train=True, **facts)
+    np.testing.assert_allclose(trained, logits, atol=2e-4)
+    check_tree(updates["batch_stats"], stats)
+
+
+GATED = {name: NETS[name] for name in ("option A", "option C", "plain")}
+
+
+@pytest.mark.parametrize("kind", ["boolean", "float"])
+@pytest.mark.parametrize("name", GATED)
+def test_gated_network_equals_the_reference(name, kind):
+    model, facts = GATED[name]
+    rng = np.random.default_rng(2)
+    gates = rng.uniform(size=model.num_units)
+    if kind == "boolean":
+        gates = gates > 0.5
+        assert gates.any() and not gates.all()
+    variables, x = random_variables(model, TINY), images(3, *TINY)
+    trained, updates = jax.jit(
+        lambda v, x, g: model.apply(v, x, train=True, gates=g, mutable=["batch_stats"])
+    )(variables, x, jnp.asarray(gates, None if kind == "boolean" else jnp.float32))
+    logits, stats, _ = reference.forward(variables, x, train=True, gates=list(gates), **facts)
+    np.testing.assert_allclose(trained, logits, atol=2e-4)
+    check_tree(updates["batch_stats"], stats)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two stages of 5 and 3 units, its variables, images, and gradients computed plainly."""
+    model = ResNet((5, 3), (8, 16), 10, stem_features=8)
+    variables, x = random_variables(model, (8, 8, 3)), images(2, 8, 8, 3)
+    return model, variables, x, gradients(model, variables, x, None)
+
+
+def gradients(model, variables, x, gates):
+    def loss(params):
+        stats = variables["batch_stats"]
+        y, updates = model.apply(
+            {"params": params, "batch_stats": stats},
+            x,
+            train=True,
+            gates=gates,
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(y**2), updates
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+
+@pytest.mark.parametrize("gates", [None, bool, jnp.float32], ids=["no gates", "boolean", "float"])
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [("none", 2), ("none", True), ("block", 1), ("sqrt", 1), ("sqrt", True)]
+)
+def test_execution_changes_no_result(small, remat, unroll, gates):
+    model, variables, x, expected = small
+    gates = None if gates is None else jnp.ones(model.num_units, gates)
+    other = model.clone(remat=remat, unroll=unroll)
+    check_tree(gradients(other, variables, x, gates), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["no gates", "boolean gates"])
+@pytest.mark.parametrize(
+    ("remat", "low", "high"), [("none", 5, 9), ("block", 0.9, 1.2), ("sqrt", 0.05, 0.3)]
+)
+def test_memory_of_the_gradient_grows_with_depth_as_documented(remat, low, high, gated):
+    """In feature maps a unit, from what the compiled gradient holds."""
+    if gated and remat == "none":
+        pytest.skip("a conditional keeps the residuals of both its branches")
+
+    def held(units):
+        model = ResNet((units,), (16,), 10, remat=remat)
+        x = jnp.zeros((8, 16, 16, 3))
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+
+        def loss(params, stats, gates):
+            variables = {"params": params, "batch_stats": stats}
+            y, _ = model.apply(variables, x, train=True, gates=gates, mutable=["batch_stats"])
+            return y.sum()
+
+        gates = jnp.ones(units, bool) if gated else None
+        lowered = jax.jit(jax.grad(loss)).lower(
+            variables["params"], variables["batch_stats"], gates
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes / (8 * 16 * 16 * 16 * 4)
+
+    assert low < (held(65) - held(17)) / 48 < high
+
+
+def test_execution_changes_no_parameter_tree():
+    def tree(**options):
+        model = cifar_resnet(20, **options)
+        return jax.eval_shape(
+            lambda: model.init(jax.random.key(0), jnp.zeros((1, *TINY)), train=False)
+        )
+
+    plain = tree()
+    assert plain["params"]["stage2"]["rest"]["conv1"]["kernel"].shape == (2, 3, 3, 32, 32)
+    assert set(plain["params"]) == {"stem", "stage1", "stage2", "stage3", "head"}
+    for options in ({"remat": "sqrt"}, {"unroll": True}, {"survival_probability": 0.5}):
+        assert tree(**options) == plain
+
+
+def test_stacked_units_start_different_and_with_the_first_units_distribution():
+    model = cifar_resnet(56)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *TINY)), train=True))()
+    kernels = variables["params"]["stage3"]["rest"]["conv1"]["kernel"]
+    np.testing.assert_allclose(kernels.std((1, 2, 3, 4)), (2 / (9 * 64)) ** 0.5, rtol=0.05)
+    assert len(np.unique(np.asarray(kernels)[:, 0, 0, 0, 0])) == 8
+    # Not even training-mode initialisation has seen a batch.
+    stats = variables["batch_stats"]["stage3"]["rest"]["norm1"]
+    assert not np.any(stats["mean"]) and np.all(np.asarray(stats["var"]) == 1)
+
+
+def test_deleting_a_unit_is_indexing_the_stack(small):
+    model, variables, x, _ = small
+    gates = jnp.ones(8, bool).at[2].set(False)  # the third unit of stage 1
+    kept = np.array([0, 2, 3])  # of the stacked four
+
+    def cut(collection):
+        stage = collection["stage1"]
+        rest = jax.tree.map(lambda leaf: leaf[kept], stage["rest"])
+        return {**collection, "stage1": {**stage, "rest": rest}}
+
+    shorter = {name: cut(collection) for name, collection in variables.items()}
+    np.testing.assert_allclose(
+        model.clone(stage_sizes=(4, 3)).apply(shorter, x, train=False),
+        model.apply(variables, x, train=False, gates=gates),
+        atol=1e-5,
+    )
+
+
+def test_features_have_documented_shapes():
+    model = create_model("resnet20", num_classes=0)
+    variables, x = random_variables(model, (32, 32, 3)), images(2, 32, 32, 3)
+    assert "head" not in variables["params"]
+    features = model.apply(variables, x, train=False, return_features=True)
+    assert {name: value.shape for name, value in features.items()} == {
+        "stem": (2, 32, 32, 16),
+        "stage1": (2, 32, 32, 16),
+        "stage2": (2, 16, 16, 32),
+        "stage3": (2, 8, 8, 64),
+        "pooled": (2, 64),
+    }
+    np.testing.assert_array_equal(model.apply(variables, x, train=False), features["pooled"])
+
+
+def test_bfloat16_computes_in_half_precision_and_keeps_the_rest_in_single():
+    model = create_model("resnet8", dtype=jnp.bfloat16)
+    variables, x = random_variables(model, TINY), images(2, *TINY)
+    features, updates = model.apply(
+        variables, x, train=True, return_features=True, mutable=["batch_stats"]
+    )
+    assert features["stage1"].dtype == jnp.bfloat16
+    assert features["logits"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updates))} == {jnp.dtype("float32")}
+
+
+def test_wrong_gates_and_options_are_refused():
+    x = jnp.zeros((1, *TINY))
+    for options, arguments, says in (
+        ({}, {"gates": jnp.ones(8)}, "has 9 units"),
+        ({"remat": "blocks"}, {}, "allowed: block, none, sqrt"),
+        ({"survival_probability": 0.0}, {}, r"outside \(0, 1\]"),
+        ({"survival_probability": 1.5}, {}, r"outside \(0, 1\]"),
+        ({"survival_schedule": "cubic"}, {}, "allowed: linear, uniform"),
+    ):
+        model = create_model("resnet20", **options)
+        with pytest.raises(InputError, match=says):
+            jax.eval_shape(
+                lambda m=model, a=arguments: m.init(jax.random.key(0), x, train=False, **a)
+            )
+
+
+class Users(nn.Module):
+    """Somebody's own model around our units, with a normalisation of their own."""
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(name):
+            return nn.GroupNorm(num_groups=4, name=name)
+
+        x = nn.Sequential([rv.BasicUnit(8, norm), BottleneckUnit(16, norm, strides=2)])(x)
+        return x.mean((1, 2))
+
+
+def test_units_work_in_other_peoples_modules():
+    x = images(2, 8, 8, 8)
+    y, variables = Users().init_with_output(jax.random.key(0), x)
+    assert y.shape == (2, 16) and set(variables) == {"params"}
+
+
+def test_one_unit_under_vmap_is_an_ensemble():
+    unit = nn.vmap(
+        rv.Unit, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3
+    )(8, lambda name: nn.LayerNorm(name=name))
+    y, variables = unit.init_with_output(jax.random.key(0), images(2, 4, 4, 8))
+    assert y.shape == (3, 2, 4, 4, 8)
+    assert variables["params"]["conv1"]["kernel"].shape == (3, 3, 3, 8, 8)

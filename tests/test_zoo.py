@@ -1,0 +1,149 @@
+"""Names, exact sizes and costs of the networks."""
+
+import pytest
+
+from resvariants import InputError, create_model, list_models
+from resvariants.summary import abstract_variables, count_parameters, format_summary, summarise
+from resvariants.zoo import ZOO, cifar_resnet, find
+
+# Section 4.2 and table 6 of He et al. 2015, and He et al. 2016: convolutions, BatchNorm scales and
+# biases, and the classifier, for 10 classes.
+CIFAR_PARAMETERS = {
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "cifar_resnet152": 2_408_474,
+    "resnet1202": 19_421_274,
+    "plain20": 269_722,
+    "plain32": 464_154,
+    "plain44": 658_586,
+    "plain56": 853_018,
+    "plain110": 1_727_962,
+    "resnet20_b": 272_474,
+    "resnet32_b": 466_906,
+    "resnet44_b": 661_338,
+    "resnet56_b": 855_770,
+    "resnet110_b": 1_730_714,
+    "resnet1202_b": 19_424_026,
+    "resnet110_c": 1_826_202,
+    "resnet164": 1_704_154,
+    "resnet1001": 10_328_602,
+}
+# Table 1 of He et al. 2015, 1000 classes; plain nets have as many as option A.
+IMAGENET_PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet18_a": 11_515_688,
+    "resnet18_c": 12_043_816,
+    "plain18": 11_515_688,
+    "resnet34": 21_797_672,
+    "resnet34_a": 21_623_848,
+    "resnet34_c": 22_716_840,
+    "plain34": 21_623_848,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS
+
+
+def test_the_table_names_every_model():
+    assert set(list_models()) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_papers(name):
+    variables = abstract_variables(create_model(name), ZOO[name].image_shape)
+    assert count_parameters(variables["params"]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("resnet20", 5_850), ("resnet110", 5_850), ("resnet164", 23_130)]
+)
+def test_a_hundred_classes_cost_only_the_head(name, extra):
+    variables = abstract_variables(create_model(name, num_classes=100), (32, 32, 3))
+    assert count_parameters(variables["params"]) == PARAMETERS[name] + extra
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [("resnet110", (1_719_216, 8_096, 650)), ("resnet1001", (10_175_920, 150_112, 2_570))],
+)
+def test_convolutions_batchnorm_and_head_add_up_as_published(name, shares):
+    params = abstract_variables(create_model(name), (32, 32, 3))["params"]
+    head = count_parameters(params.pop("head"))
+    norms = count_parameters(_select(params, "norm"))
+    assert (count_parameters(params) - norms, norms, head) == shares
+
+
+def _select(tree, word):
+    found = []
+    for key, value in tree.items():
+        if word in key:
+            found.append(value)
+        elif isinstance(value, dict):
+            found.append(_select(value, word))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "giga"),
+    [
+        ("resnet18", 1.8),
+        ("resnet34_a", 3.6),
+        ("plain34", 3.6),
+        ("resnet50", 3.8),
+        ("resnet101", 7.6),
+        ("resnet152", 11.3),
+    ],
+)
+def test_multiply_adds_are_table_1s(name, giga):
+    total = summarise(create_model(name), (224, 224, 3))[-1]["multiply_adds"]
+    assert total / 1e9 == pytest.approx(giga, abs=0.06)
+
+
+def test_stride_in_the_3x3_costs_more_and_weighs_the_same():
+    ours = summarise(create_model("resnet50"), (224, 224, 3))[-1]
+    theirs = summarise(create_model("resnet50", strided_conv=2), (224, 224, 3))[-1]
+    assert theirs["parameters"] == ours["parameters"]
+    assert theirs["multiply_adds"] / 1e9 == pytest.approx(4.1, abs=0.05)
+
+
+def test_the_summary_of_resnet20_by_hand():
+    rows = {row["part"]: row for row in summarise(create_model("resnet20"), (32, 32, 3))}
+    assert list(rows) == ["stem", "stage1", "stage2", "stage3", "head", "total"]
+    assert rows["stem"]["multiply_adds"] == 32 * 32 * 9 * 3 * 16
+    assert rows["stage1"]["multiply_adds"] == 6 * 32 * 32 * 9 * 16 * 16
+    assert rows["stage2"]["multiply_adds"] == 16 * 16 * 9 * (16 * 32 + 5 * 32 * 32)
+    assert rows["head"]["multiply_adds"] == 640
+    assert rows["stage3"]["output"] == (8, 8, 64)
+    assert "269,722" in format_summary(create_model("resnet20"), (32, 32, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet21", "20 (n=3) or 26 (n=4)"),
+        ("plain3", "8 (n=1)"),
+        ("resnet30_bottleneck", "29 (n=3) or 38 (n=4)"),
+        ("resnt110", "resnet110"),
+        ("vgg", "nearest"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_valid_ones(name, says):
+    with pytest.raises(InputError, match="unknown model") as caught:
+        create_model(name)
+    assert says in str(caught.value)
+
+
+def test_depths_outside_the_papers_are_built_by_rule():
+    assert create_model("resnet8").stage_sizes == (1, 1, 1)
+    assert create_model("cifar_resnet50").stage_sizes == (8, 8, 8)
+    assert create_model("resnet29_bottleneck").features == (64, 128, 256)
+    assert find("plain14").image_shape == (32, 32, 3)
+
+
+def test_an_unknown_shortcut_is_answered_with_the_allowed_ones():
+    with pytest.raises(InputError, match="allowed: A, A_average, B, C"):
+        cifar_resnet(20, shortcut="D")

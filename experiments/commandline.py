@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, logging
+from absl import app, flags, logging
 
 # Recipes import each other as `configs.NAME`, from wherever the program is started.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import default
 from resvariants.errors import InputError, nearest
 from resvariants.loop import TrainingDiverged
+
+CONFIGS = Path(default.__file__).parent
 
 
 def run(main: Callable[[], None], parse_flags=lambda argv: argv) -> None:
@@ -39,9 +41,11 @@ def leave(status: int, message: str) -> NoReturn:
 
 
 def parse_config_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with ml_collections' complaints about configs in words."""
+    """absl's parsing of a `--config` flag and others, with complaints about configs in words."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(argv)
+        flags.FLAGS.config.keys()  # a config file that does not load complains only when used
+        return rest
     except AttributeError:
         known = _keys(default.get_config())
         given = (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)
@@ -52,8 +56,10 @@ def parse_config_flags(argv: list[str]) -> list[str]:
                     " (all: configs/default.py)"
                 ) from None
         raise
-    except OSError as error:
-        raise InputError(f"no such config file: {error}") from None
+    except OSError:
+        files = ", ".join(sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py")))
+        given = re.search(r"-config[= ](\S+)", " ".join(argv))
+        raise InputError(f"no such config file: {given and given[1]}; there are {files}") from None
 
 
 def _keys(config, prefix=""):

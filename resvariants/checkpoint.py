@@ -63,7 +63,8 @@ class Checkpoints:
             raise InputError(_unreadable(where, error)) from error
         expected = layout(wanted)
         differing = sorted(
-            path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
+            (p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)),
+            key=lambda path: (not path.startswith("params"), path),
         )
         if differing:
             lines = [

@@ -33,29 +33,34 @@ def split_validation(train: Split, size: int) -> tuple[Split, Split | None]:
     return Split(*(a[kept] for a in train)), Split(*(a[held] for a in train))
 
 
+def _moments(images, axes):
+    # Exact integer sums: as float64, the 604,000 SVHN images would take 15 GB.
+    count = np.prod([images.shape[axis] for axis in axes])
+    mean = images.sum(axes, dtype=np.int64, keepdims=True) / count
+    squares = sum(
+        np.square(part, dtype=np.int64).sum(axes, keepdims=True)
+        for part in np.array_split(images, 64)
+    )
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
 def _per_pixel(images):
     mean, std = _moments(images, (0,))
-    return mean, np.sqrt(np.mean(std**2))
-
-
-def _moments(images, axes):
-    # Exact integer sums: 604,000 SVHN images as float64 would take 15 GB.
-    count = np.prod([images.shape[axis] for axis in axes])
-    mean = images.sum(axes, dtype=np.int64) / count
-    squares = sum(np.square(part, dtype=np.int64).sum(axes) for part in np.array_split(images, 64))
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean, np.sqrt(np.mean(std**2, keepdims=True))
 
 
 NORMALISATIONS = {
     # The mean image; one scale for all, as in the stochastic-depth code (BatchNorm undoes it).
     "per_pixel_mean": _per_pixel,
     "channel": lambda images: _moments(images, (0, 1, 2)),
-    "none": lambda images: (np.zeros(1), np.full(1, 255.0)),
+    "none": lambda images: (np.zeros((1, 1, 1, 1)), np.full((1, 1, 1, 1), 255.0)),
 }
 
 
 def normalisation(kind: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Float32 mean and scale of the training images, such that the input is (x - mean) / scale.
+
+    Both have four dimensions and broadcast against images (batch, height, width, channels).
 
     Raises:
       InputError: unknown kind.

@@ -1,0 +1,324 @@
+"""Recipes: one home for every key, the papers' settings, and the way through JSON and back."""
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from resvariants import parallel, resnet, sources, train, workdir, zoo
+from resvariants.data import NORMALISATIONS, split_validation
+from resvariants.loop import DTYPES
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+RECIPES = [name for name in NAMES if name != "default"]
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def flat(config, prefix=""):
+    """Every key with its dots, and its value."""
+    found = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
+def types(config, prefix=""):
+    """Every key with its dots, and the type that it takes, also where it is None."""
+    found = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        found |= types(value, f"{prefix}{key}.") if nested else {prefix + key: config.get_type(key)}
+    return found
+
+
+DEFAULT = flat(default.get_config())
+# What may be None, and what it is otherwise.
+PLACEHOLDERS = {"dataset.data_dir": str, "optimizer.clip_norm": float, "schedule.cut_to_steps": int}
+
+
+# The keys
+
+
+def assigned_keys():
+    """The keys in the order in which the source of configs/default.py sets them."""
+    tree = ast.parse((ROOT / "configs" / "default.py").read_text())
+    aliases, keys = {"config": ""}, []
+
+    def dotted(target):
+        if isinstance(target, ast.Name):
+            return aliases[target.id]
+        return f"{dotted(target.value)}.{target.attr}".removeprefix(".")
+
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        names = [target for target in node.targets if isinstance(target, ast.Name)]
+        attributes = [target for target in node.targets if isinstance(target, ast.Attribute)]
+        if attributes and names:  # model = config.model = ConfigDict()
+            aliases[names[0].id] = dotted(attributes[0])
+        elif attributes:
+            keys += map(dotted, attributes)
+    return keys
+
+
+def test_default_sets_every_key_once():
+    keys = assigned_keys()
+    assert len(keys) == len(set(keys))
+    assert set(keys) == set(DEFAULT)
+
+
+@pytest.mark.parametrize("key", DEFAULT)
+def test_the_library_reads_every_key(key):
+    source = "".join(path.read_text() for path in (ROOT / "resvariants").glob("*.py"))
+    name = key.split(".")[-1]
+    assert re.search(rf'\.{name}\b|"{name}"', source)
+
+
+def test_only_what_is_documented_may_be_none():
+    assert {key for key, value in DEFAULT.items() if value is None} == set(PLACEHOLDERS)
+    found = types(default.get_config())
+    assert {key: found[key] for key in PLACEHOLDERS} == PLACEHOLDERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_has_exactly_defaults_keys_and_types(name):
+    assert types(module(name).get_config()) == types(default.get_config())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_call_gives_a_config_of_its_own(name):
+    config = module(name).get_config()
+    config.schedule.length = 1
+    config.seed = 7
+    fresh = module(name).get_config()
+    assert fresh.seed != 7
+    assert fresh.schedule.length != 1
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("model.dtype", DTYPES),
+        ("model.remat", resnet.REMAT),
+        ("model.survival_schedule", ("linear", "uniform")),
+        ("dataset.name", sources.DATA_SETS),
+        ("dataset.normalisation", NORMALISATIONS),
+        ("schedule.kind", ("piecewise", "cosine")),
+        ("schedule.unit", ("steps", "epochs")),
+        ("schedule.warmup_kind", ("constant", "linear")),
+        ("parallel", ("jit", "pmap")),
+    ],
+)
+def test_default_documents_every_allowed_value(key, allowed):
+    source = (ROOT / "configs" / "default.py").read_text()
+    (line,) = re.findall(rf"^    (?:config\.)?{re.escape(key)} = .*#.*$", source, re.MULTILINE)
+    assert DEFAULT[key] in allowed
+    for value in allowed:
+        assert re.search(rf"\b{value}\b", line), f"{line}: {value} is missing"
+
+
+# The recipes
+
+HE_2015 = {  # section 4.2
+    "batch_size": 128,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": False,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.weight_decay_parameters": "kernel$",
+    "optimizer.clip_norm": None,
+    "schedule.kind": "piecewise",
+    "schedule.unit": "steps",
+    "schedule.length": 64_000,
+    "schedule.learning_rate": 0.1,
+    "schedule.milestones": (32_000, 48_000),
+    "schedule.factor": 0.1,
+    "schedule.warmup": 0,
+    "schedule.warmup_learning_rate": 0.01,
+    "schedule.warmup_kind": "constant",
+    "schedule.cut_to_steps": None,
+    "dataset.normalisation": "per_pixel_mean",
+    "dataset.crop_padding": 4,
+    "dataset.flip": True,
+    "dataset.validation_size": 0,
+    "label_smoothing": 0.0,
+    "model.survival_probability": 1.0,
+    "model.dtype": "float32",
+    "sync_batch_norm": True,
+    "seed": 0,
+}
+PAPERS = {
+    "cifar10": HE_2015 | {"dataset.name": "cifar10"},
+    "cifar100": HE_2015 | {"dataset.name": "cifar100"},
+    # In no paper: CIFAR-10's recipe.
+    "fashion_mnist": HE_2015 | {"dataset.name": "fashion_mnist"},
+    # Huang et al. 2016, section 4: stochastic depth.
+    "svhn": HE_2015
+    | {
+        "dataset.name": "svhn_extra",
+        "dataset.validation_size": 6_000,
+        "dataset.crop_padding": 0,
+        "dataset.flip": False,
+        "optimizer.nesterov": True,
+        "optimizer.weight_decay_parameters": "",
+        "schedule.unit": "epochs",
+        "schedule.length": 50,
+        "schedule.milestones": (30, 35),
+    },
+}
+OF_CIFAR = ("cifar10", "cifar100", "fashion_mnist")
+# In no paper, so that only what the papers fix for every data set is fixed here.
+OURS = {
+    "digits": {
+        "dataset.name": "digits",
+        "dataset.flip": False,  # a mirrored digit is none
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": False,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.weight_decay_parameters": "kernel$",
+        "schedule.learning_rate": 0.1,
+        "schedule.factor": 0.1,
+    }
+}
+WARMED_UP = (
+    "resnet110", "resnet110_b", "resnet110_c", "plain110", "resnet164", "resnet1001",
+    "resnet1202", "resnet1202_b",
+)  # fmt: skip
+NOT_WARMED_UP = (
+    "resnet8", "resnet20", "resnet20_b", "resnet56", "plain20", "plain56", "cifar_resnet152",
+    "resnet11", "resnet1100",  # whose names only begin alike
+)  # fmt: skip
+
+
+def test_the_tables_above_hold_every_recipe():
+    assert sorted(PAPERS | OURS) == RECIPES
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet110", "cifar_resnet152", "plain56"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_papers(name, model):
+    expected = (PAPERS | OURS)[name] | {"model.name": model}
+    if model == "resnet110" and name in OF_CIFAR:
+        expected["schedule.warmup"] = 400
+    found = flat(module(name).get_config(model))
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", OF_CIFAR)
+@pytest.mark.parametrize("model", WARMED_UP + NOT_WARMED_UP)
+def test_only_the_deepest_nets_start_at_a_tenth_of_the_rate(name, model):
+    schedule = module(name).get_config(model).schedule
+    rate, length = train.make_schedule(schedule, 50_000 / 128)
+    steps = [0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999]
+    start = 0.01 if model in WARMED_UP else 0.1
+    expected = [start, start, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6)
+    assert length == 64_000
+
+
+def test_svhn_falls_after_epochs_30_and_35_of_50():
+    per_epoch = (73_257 + 531_131 - 6_000) / 128
+    rate, length = train.make_schedule(module("svhn").get_config().schedule, per_epoch)
+    assert length == round(50 * per_epoch)
+    edges = [round(epoch * per_epoch) for epoch in (30, 35)]
+    steps = [0, edges[0] - 1, edges[0], edges[1] - 1, edges[1], length - 1]
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6)
+
+
+def test_svhn_trains_on_the_train_and_extra_images():
+    entry = sources.DATA_SETS[module("svhn").get_config().dataset.name]
+    assert entry.train_splits == ("train", "extra")
+
+
+def test_digits_falls_at_a_half_and_three_quarters_after_an_epoch_of_warmup():
+    rate, length = train.make_schedule(module("digits").get_config().schedule, 10.0)
+    assert length == 400
+    expected = np.repeat([0.01, 0.1, 0.01, 0.001], [10, 190, 100, 100])
+    np.testing.assert_allclose([rate(step) for step in range(400)], expected, rtol=1e-6)
+
+
+def test_cifar_can_hold_out_the_papers_5_000_images():
+    config = module("cifar10").get_config("resnet20")
+    config.dataset.validation_size = 5_000
+    images = sources.Split(np.zeros((50_000, 1, 1, 1), np.uint8), np.zeros(50_000, np.int32))
+    kept, held = split_validation(images, config.dataset.validation_size)
+    assert (len(kept.labels), len(held.labels)) == (45_000, 5_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_can_share_a_recipes_batches(name):
+    config = module(name).get_config()
+    sizes = {key: config[key] for key in ("batch_size", "eval_batch_size")}
+    assert parallel.make_parallel(config.parallel, config.sync_batch_norm, sizes)
+
+
+# Names in the documentation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipes_own_model_and_data_set_exist(name):
+    config = module(name).get_config()
+    assert zoo.find(config.model.name)
+    assert config.dataset.name in sources.DATA_SETS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_in_a_recipes_docstring_works(name):
+    text = module(name).__doc__
+    ((file, model),) = re.findall(r"--config=(\S+):(\S+)", text)
+    assert file == f"configs/{name}.py"
+    assert module(name).get_config(model) == module(name).get_config()  # the default is shown
+    for key in re.findall(r"--config\.([\w.]+)=", text):
+        assert key in DEFAULT
+    for data_set in re.findall(r"prepare\.py (\w+)", text):
+        assert data_set == module(name).get_config().dataset.name
+    for mentioned in re.findall(r"\b(?:cifar_)?(?:resnet|plain)\d+\w*", text):
+        assert zoo.find(mentioned)
+
+
+# JSON
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_survives_json(name, tmp_path):
+    config = module(name).get_config()
+    workdir.Workdir(tmp_path, config).create()
+    again = workdir.read_config(tmp_path)
+    expected = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in flat(config).items()
+    }
+    found = flat(again)
+    assert found == expected
+    assert {key: type(value) for key, value in found.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
+    # It means the same schedule, and its empty places can be filled.
+    ours, length = train.make_schedule(config.schedule, 10.0)
+    theirs, same = train.make_schedule(again.schedule, 10.0)
+    assert length == same
+    for step in (0, length // 3, length // 2, length - 1):
+        assert float(ours(step)) == float(theirs(step))
+    again.dataset.data_dir = "elsewhere"
+    assert json.loads(again.to_json())["dataset"]["data_dir"] == "elsewhere"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_goes_on_with_its_own_config_and_refuses_another(name, tmp_path):
+    workdir.Workdir(tmp_path, module(name).get_config()).create()
+    workdir.Workdir(tmp_path, module(name).get_config())
+    other = module(name).get_config()
+    other.schedule.milestones = (1, 2)
+    with pytest.raises(ValueError, match=r"schedule\.milestones"):
+        workdir.Workdir(tmp_path, other)

@@ -1,0 +1,361 @@
+"""The run: what a workdir holds, resuming, refusing."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs import digits
+from resvariants import InputError, loop
+from resvariants.checkpoint import Checkpoints
+from resvariants.loop import TrainingDiverged
+
+STEPS = 40
+
+
+def config(model="resnet8", **overrides):
+    """Forty steps on the digits; evaluations and checkpoints at different, odd moments."""
+    settings = {
+        "schedule.cut_to_steps": STEPS,
+        "dataset.validation_size": 100,
+        "batch_size": 64,
+        "eval_batch_size": 128,
+        "log_every_steps": 5,
+        "eval_every_epochs": 0.6,
+        "checkpoint_every_epochs": 0.35,
+        **overrides,
+    }
+    made = digits.get_config(model)
+    made.update_from_flattened_dict(settings)
+    return made
+
+
+def final_state(workdir, **overrides):
+    """Every array of the last checkpoint, as numpy."""
+    setup = loop.set_up(config(**overrides))
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", 2)
+    assert checkpoints.latest_step == STEPS
+    shapes = jax.eval_shape(setup.new_state)
+    state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def rows(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_speed(workdir):
+    return [
+        {key: value for key, value in row.items() if key != "images_per_second"}
+        for row in rows(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir and result of an uninterrupted run. Tests may read it, or copy it."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    return path, loop.train(config(), path)
+
+
+def test_a_finished_workdir_keeps_the_contract(finished):
+    path, result = finished
+    names = {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "report.md"}
+    assert {p.name for p in path.iterdir()} == names | {"result.json"}
+    assert json.loads((path / "result.json").read_text()) == result
+    assert json.loads((path / "config.json").read_text()) == json.loads(config().to_json())
+    assert result["model"] == "resnet8" and result["dataset"] == "digits"
+    assert result["num_params"] == 75_002  # resnet8's 75,290 for one colour channel, not three
+    assert result["steps"] == STEPS and result["seed"] == 0
+    assert result["epochs"] == pytest.approx(STEPS * 64 / 1337)
+    for key in ("compile_seconds", "train_seconds", "images_per_second"):
+        assert result[key] > 0
+    assert set(result["versions"]) >= {"python", "jax", "flax", "optax", "orbax-checkpoint"}
+    for row in rows(path):
+        assert set(row) >= {
+            "step",
+            "epoch",
+            "split",
+            "loss",
+            "error",
+            "learning_rate",
+            "images_per_second",
+        }
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| test error, last epoch |" in (path / "report.md").read_text()
+
+
+def test_the_result_is_the_last_evaluation_and_the_last_epochs_training_error(finished):
+    path, result = finished
+    last = {row["split"]: row for row in rows(path)}
+    assert last["test"]["step"] == last["validation"]["step"] == STEPS
+    assert result["test_error"] == last["test"]["error"]
+    assert result["val_error"] == last["validation"]["error"]
+    # The last epoch has 1337 / 64 = 20.9 steps: rows that end after step 19.1.
+    ended = [row for row in rows(path) if row["split"] == "train"]
+    lengths = np.diff([0, *(row["step"] for row in ended)])
+    pairs = [(row["error"], n) for row, n in zip(ended, lengths, strict=True) if row["step"] > 19.1]
+    errors, weights = zip(*pairs, strict=True)
+    assert 20.9 <= sum(weights) < 20.9 + 5
+    assert result["train_error"] == pytest.approx(np.average(errors, weights=weights))
+
+
+def test_evaluation_counts_every_image_once(finished):
+    path, result = finished
+    values = loop.evaluate(path, "test")
+    assert values["images"] == 360 and values["step"] == STEPS  # 360 = 2 x 128 + 104
+    assert values["error"] == result["test_error"]
+    assert values["error"] * 360 / 100 == pytest.approx(round(values["error"] * 360 / 100))
+    assert loop.evaluate(path, "validation")["images"] == 100
+    assert loop.evaluate(path, "train")["images"] == 1337
+
+
+def test_an_unknown_split_is_refused(finished):
+    with pytest.raises(InputError, match="unknown split 'tset'; allowed: test, train, validation"):
+        loop.evaluate(finished[0], "tset")
+
+
+def test_the_same_command_again_says_so_and_changes_nothing(finished, capsys):
+    path, result = finished
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    assert loop.train(config(), path) == result
+    assert "is finished" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+def test_another_config_is_refused_with_the_differing_keys(finished):
+    with pytest.raises(InputError) as caught:
+        loop.train(config(**{"seed": 1, "optimizer.momentum": 0.5}), finished[0])
+    message = str(caught.value)
+    assert "seed: 0 there, 1 here" in message
+    assert "optimizer.momentum: 0.9 there, 0.5 here" in message
+    assert "batch_size" not in message
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
+    path, _ = finished
+    observe = loop.Log.step
+    for stop in (9, 26):  # after checkpoints at 7 and 21, between two of them
+
+        def interrupted(self, step, metrics, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            observe(self, step, metrics)
+
+        monkeypatch.setattr(loop.Log, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(), tmp_path / "run")
+        assert not (tmp_path / "run" / "result.json").exists()
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 10, "spl')  # as a kill in the middle of a write leaves it
+    monkeypatch.setattr(loop.Log, "step", observe)
+    loop.train(config(), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "run"), final_state(path))
+    assert without_speed(tmp_path / "run") == without_speed(path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
+    tmp_path, monkeypatch
+):
+    observe = loop.Log.step
+
+    def poisoned(self, step, metrics):
+        observe(self, step, metrics if step < 12 else {**metrics, "loss": np.float32("nan")})
+
+    monkeypatch.setattr(loop.Log, "step", poisoned)
+    with pytest.raises(TrainingDiverged, match="step 12: the loss is nan"):
+        loop.train(config(), tmp_path / "run")
+    monkeypatch.setattr(loop.Log, "step", observe)
+    assert loop.evaluate(tmp_path / "run", "test")["step"] == 7
+
+
+def test_a_rate_that_explodes_is_noticed(tmp_path):
+    """The real thing: no metric is replaced here."""
+    with pytest.raises(TrainingDiverged, match="learning rate 1e\\+30"):
+        loop.train(
+            config(**{"schedule.learning_rate": 1e30, "schedule.warmup": 0}), tmp_path / "run"
+        )
+
+
+def corrupt_largest_file(folder):
+    victim = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    altered = json.loads((copy / "config.json").read_text())
+    altered["model"]["name"] = "resnet14"
+    (copy / "config.json").write_text(json.dumps(altered))
+    with pytest.raises(InputError, match="is of another model") as caught:
+        loop.evaluate(copy, "test")
+    assert "stage1/rest/conv1/kernel: absent there" in str(caught.value)
+
+
+def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    corrupt_largest_file(copy / "checkpoints" / str(STEPS))
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        loop.evaluate(copy, "test")
+    assert str(copy / "checkpoints" / str(STEPS)) in str(caught.value)
+    assert "Delete that folder" in str(caught.value)
+
+
+def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
+    with pytest.raises(InputError, match="is no workdir"):
+        loop.evaluate(tmp_path, "test")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"not empty \(thesis.tex"):
+        loop.train(config(), tmp_path)
+    empty = tmp_path / "empty"
+    shutil.copytree(finished[0], empty, ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(InputError, match="no checkpoint"):
+        loop.evaluate(empty, "test")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"model.name": "resnet9"}, r"6n\+2"),
+        ({"model.name": "rsnet8"}, "nearest: .*resnet"),
+        ({"model.dtype": "float16"}, "allowed: bfloat16, float32"),
+        ({"model.remat": "all"}, "allowed: block, none, sqrt"),
+        ({"model.survival_probability": 0.0}, r"outside \(0, 1\]"),
+        ({"dataset.name": "digit"}, "digits"),
+        ({"dataset.normalisation": "pixel"}, "allowed: channel, none, per_pixel_mean"),
+        ({"dataset.validation_size": 1437}, "between 0 and 1436"),
+        ({"batch_size": 60}, "56 or 64"),
+        ({"eval_batch_size": 7}, "eval_batch_size 7 cannot be shared"),
+        ({"batch_size": 1440}, "exceeds the 1337 training images"),
+        ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
+        ({"schedule.milestones": (30, 20)}, "in order"),
+        ({"parallel": "pjit"}, "allowed: jit, pmap"),
+        ({"log_every_steps": 0}, "must be positive"),
+        ({"keep_checkpoints": 0}, "at least 1"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_bad_configs_are_refused_and_leave_no_workdir(overrides, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        loop.train(config(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="no writable folder"):
+        loop.train(config(), tmp_path / "file" / "run")
+    if Path("/proc/version").exists():
+        with pytest.raises(InputError, match="cannot write workdir"):
+            loop.train(config(), "/proc/run")
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics(mode, tmp_path):
+    """The options that other tests leave alone, together, end to end."""
+    overrides = {
+        "model.survival_probability": 0.5,
+        "model.dtype": "bfloat16",
+        "model.remat": "sqrt",
+        "parallel": mode,
+        "sync_batch_norm": False,
+        "schedule.kind": "cosine",
+        "schedule.warmup_kind": "linear",
+        "optimizer.clip_norm": 1.0,
+        "label_smoothing": 0.1,
+        "dataset.flip": True,
+        "dataset.crop_padding": 1,
+        "dataset.normalisation": "channel",
+    }
+    result = loop.train(config("resnet14", **overrides), tmp_path / "run")
+    assert result["test_error"] < 60  # chance is 90
+    losses = [row["loss"] for row in rows(tmp_path / "run") if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+PROGRAM = [sys.executable, str(ROOT / "experiments" / "train.py")]
+
+
+def program(workdir, *arguments):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [*PROGRAM, f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--config=configs/digits.py:resnet20", "--config.lerning_rate=1"],
+            "unknown config key 'lerning_rate'; nearest: schedule.learning_rate",
+        ),
+        (["--config=configs/digits.py:resnet21"], "20 (n=3) or 26 (n=4)"),
+        (["--config=configs/digitz.py"], "no such config file"),
+        (
+            ["--config=configs/cifar10.py:resnet20", "--config.dataset.data_dir=nowhere"],
+            "python experiments/prepare.py cifar10 --data_dir=nowhere",
+        ),
+    ],
+)
+def test_the_program_refuses_in_one_message(arguments, says, tmp_path):
+    process = program(tmp_path / "run", *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert says in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing(tmp_path):
+    arguments = [
+        "--config=configs/digits.py:resnet8",
+        "--config.schedule.cut_to_steps=400",
+        "--config.checkpoint_every_epochs=0.5",
+    ]
+    whole = program(tmp_path / "whole", *arguments)
+    assert "Traceback" not in whole.communicate()[0] and whole.returncode == 0
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    killed = 0
+    while killed < 3:
+        process = program(tmp_path / "killed", *arguments)
+        time.sleep(moments.uniform(3, 14))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "finished before the third kill"
+        killed += 1
+    last = program(tmp_path / "killed", *arguments)
+    last.communicate()
+    assert last.returncode == 0
+    assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
+    states = []
+    for name in ("whole", "killed"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints", 2)
+        assert checkpoints.latest_step == 400
+        setup = loop.set_up(digits.get_config("resnet8"))
+        shapes = jax.eval_shape(setup.new_state)
+        states.append(checkpoints.restore(shapes, setup.parallel.replicated)[0])
+        checkpoints.close()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)

@@ -1,0 +1,52 @@
+"""What the README says, done."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_snippet_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"`((?:resvariants|configs|experiments)/[\w./]*)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_key_that_the_readme_sets_exists():
+    from configs import default
+
+    config = default.get_config()
+    keys = re.findall(r"--config\.([\w.]+)", README)
+    assert keys
+    for key in keys:
+        node = config
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+def test_the_package_is_light_to_import():
+    heavy = ("tensorflow_datasets", "orbax.checkpoint", "matplotlib", "absl.app", "sklearn", "PIL")
+    code = f"import sys, resvariants; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [([], "1,727,962 parameters"), (["resnet20"], "40,551,040"), (["resnet21"], "6n+2")],
+)
+def test_the_list_of_models_and_the_summary_are_commands(arguments, says):
+    done = subprocess.run(
+        [sys.executable, "-m", "resvariants", *arguments], capture_output=True, text=True
+    )
+    assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == (1 if arguments == ["resnet21"] else 0)

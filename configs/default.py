@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     model.name = "resnet20"  # python -m resvariants lists them
     model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters stay float32
     model.remat = "none"  # what the backward pass recomputes: none, block or sqrt
-    model.unroll = 1  # units per iteration of the compiled loop; 0 unrolls it all
+    # Units per iteration of the compiled loop; 0 is no loop, None no loop in stages of three units.
+    model.unroll = placeholder(int)
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
 
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
     dataset.flip = False  # mirror every other image, at random
 
     config.batch_size = 128  # of all devices together
-    config.eval_batch_size = 500
+    config.eval_batch_size = 512
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.momentum = 0.9

@@ -18,14 +18,14 @@ from resvariants.loop import TrainingDiverged
 CONFIGS = Path(default.__file__).parent
 
 
-def run(main: Callable[[], None], parse_flags=lambda argv: argv) -> None:
-    """Parses the command line and calls `main()`.
+def run(main: Callable[[], object]) -> None:
+    """Calls `main()`, which reads the command line and works.
 
     Exit status 2 for bad input, 1 for a diverged run, 130 after Ctrl-C, each with one message.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every save
     try:
-        app.run(lambda _: main() and None, flags_parser=parse_flags)
+        main()
     except InputError as error:
         leave(2, f"error: {error}")
     except TrainingDiverged as error:
@@ -40,8 +40,13 @@ def leave(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
-def parse_config_flags(argv: list[str]) -> list[str]:
-    """absl's parsing of a `--config` flag and others, with complaints about configs in words."""
+def run_with_config(main: Callable[[], object]) -> None:
+    """`run` for programs with absl flags, of which one is `--config`."""
+    run(lambda: app.run(lambda _: main() and None, flags_parser=_parse_flags))
+
+
+def _parse_flags(argv):
+    # absl's own parsing, with ml_collections' complaints about configs in words.
     try:
         rest = app.parse_flags_with_usage(argv)
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used

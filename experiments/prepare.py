@@ -4,12 +4,11 @@ python experiments/prepare.py cifar10 --data_dir=DIR [--archive_dir=DIR_WITH_THE
 """
 
 import argparse
-import sys
 
 import tensorflow_datasets as tfds
+from commandline import run
 
 from resvariants import sources
-from resvariants.errors import InputError
 
 
 def main() -> None:
@@ -27,8 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

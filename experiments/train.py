@@ -5,7 +5,7 @@ python experiments/train.py --config=configs/cifar10.py:resnet110 --workdir=runs
 """
 
 from absl import flags
-from commandline import parse_config_flags, run
+from commandline import run_with_config
 from ml_collections import config_flags
 
 from resvariants import loop
@@ -16,4 +16,4 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 if __name__ == "__main__":
-    run(lambda: loop.train(CONFIG.value, WORKDIR.value), parse_config_flags)
+    run_with_config(lambda: loop.train(CONFIG.value, WORKDIR.value))

@@ -28,7 +28,8 @@ def split_validation(train: Split, size: int) -> tuple[Split, Split | None]:
             f"dataset.validation_size {size} must lie between 0 and {len(train.labels) - 1}, the"
             " training images less one"
         )
-    order = np.random.default_rng(0).permutation(len(train.labels))
+    # RandomState, because numpy promises never to change its stream.
+    order = np.random.RandomState(0).permutation(len(train.labels))
     kept, held = np.sort(order[size:]), np.sort(order[:size])
     return Split(*(a[kept] for a in train)), Split(*(a[held] for a in train))
 

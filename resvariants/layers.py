@@ -32,11 +32,9 @@ def _conv_forward(x, kernel, strides, padding, dilation):
 
 
 def _conv_backward(strides, padding, dilation, saved, grad):
-    """Both gradients as NHWC x HWIO -> NHWC convolutions, the form XLA's fast CPU kernels take.
-
-    Autodiff's own gradients have other dimension orders. XLA's CPU backend rewrites those only in
-    the entry computation, so that inside `scan`, `while` and `cond` they run about 12 times slower.
-    """
+    # Both gradients as NHWC x HWIO -> NHWC convolutions, the form that XLA's fast CPU kernels take.
+    # Autodiff's own have other dimension orders, which XLA rewrites only in the entry computation:
+    # inside scan, while and cond they can run 12 times slower.
     x, kernel = saved
     size, out, window = x.shape[1:3], grad.shape[1:3], kernel.shape[:2]
     reach = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
@@ -51,8 +49,19 @@ def _conv_backward(strides, padding, dilation, saved, grad):
         rhs_dilation=dilation,
         dimension_numbers=NHWC,
     )
+
+    # XLA would merge this transposition with whatever makes x, into a loop that jumps through
+    # memory. Alone in a branch it becomes a tiled copy, several times faster. The predicate is one
+    # that XLA cannot foresee; where it holds, every gradient is NaN anyway.
+    def transposed(x):
+        return x.transpose(3, 1, 2, 0)
+
+    def nans(x):
+        return jnp.full(jax.eval_shape(transposed, x).shape, jnp.nan, x.dtype)
+
+    x_transposed = lax.cond(jnp.isnan(kernel[0, 0, 0, 0]), nans, transposed, x)
     grad_kernel = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
+        x_transposed,
         grad.transpose(1, 2, 0, 3),
         dilation,
         [(p, r + g - n - p) for r, p, n, g in zip(reach, low, size, spread, strict=True)],
@@ -130,6 +139,98 @@ def conv(
     )
 
 
+def _shared_mean(sums, x, axis_name):
+    # Of sums over x's batch, height and width; over all devices' where there is an axis.
+    mean = sums / (x.size // x.shape[-1])
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalise(x, scale, bias, epsilon, axis_name):
+    return _normalise_forward(x, scale, bias, epsilon, axis_name)[0]
+
+
+def _normalise_forward(x, scale, bias, epsilon, axis_name):
+    wide = x.astype(scale.dtype)
+    mean = _shared_mean(wide.sum((0, 1, 2)), x, axis_name)
+    var = _shared_mean((wide * wide).sum((0, 1, 2)), x, axis_name) - mean * mean
+    var = jnp.maximum(var, 0)
+    inverse = lax.rsqrt(var + epsilon)
+    return (_affine(x, mean, scale * inverse, bias), mean, var), (x, scale, mean, inverse)
+
+
+def _normalise_backward(epsilon, axis_name, saved, gradients):
+    x, scale, mean, inverse = saved
+    grad = gradients[0].astype(scale.dtype)  # the statistics themselves are not differentiated
+    wide = x.astype(scale.dtype)
+    # Each sum taken once: a device's own, for its parameters' gradients; their mean over devices,
+    # for its inputs'.
+    sum_grad, sum_products = grad.sum((0, 1, 2)), (grad * wide).sum((0, 1, 2))
+    mean_grad = _shared_mean(sum_grad, x, axis_name)
+    along = (_shared_mean(sum_products, x, axis_name) - mean * mean_grad) * inverse**2
+    # scale * inverse * (grad - mean_grad - along * (x - mean)), in the form that XLA fuses best.
+    factor = scale * inverse
+    slope = -factor * along
+    shift = -factor * mean_grad - slope * mean
+    grad_x = grad * _channels(factor) + wide * _channels(slope) + _channels(shift)
+    grad_x = grad_x.astype(x.dtype)
+    return grad_x, (sum_products - mean * sum_grad) * inverse, sum_grad
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _channels(vector):
+    return vector.reshape(1, 1, 1, -1)
+
+
+def _affine(x, mean, factor, bias):
+    centred = x.astype(factor.dtype) - _channels(mean)
+    return (centred * _channels(factor) + _channels(bias)).astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """`nn.BatchNorm` over (batch, height, width), with a backward pass that keeps only its input.
+
+    Autodiff keeps the centred input, its square and more for every layer, which a scan over units
+    has to write to memory and read again. Same variables and results as `nn.BatchNorm`;
+    reverse-mode differentiation only.
+
+    Attributes:
+      use_running_average: normalise by the running statistics and leave them alone.
+      momentum: share of themselves that running statistics keep at each step.
+      epsilon: added to the variance.
+      dtype: of the result; statistics and parameters stay at least float32.
+      axis_name: of a `pmap` or `shard_map` axis over which the batch's statistics are shared.
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, height, width, channels) -> the same, normalised; updates `batch_stats`."""
+        vector = (x.shape[-1:], jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, *vector)
+        bias = self.param("bias", nn.initializers.zeros, *vector)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *vector)
+        running_var = self.variable("batch_stats", "var", jnp.ones, *vector)
+        x = x.astype(self.dtype or x.dtype)
+        if self.use_running_average:
+            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
+            return _affine(x, running_mean.value, factor, bias)
+        axis_name = None if self.is_initializing() else self.axis_name
+        y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
+        if not self.is_initializing():
+            keep = self.momentum
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean
+            running_var.value = keep * running_var.value + (1 - keep) * var
+        return y
+
+
 def batch_norm(train: bool, **kwargs) -> ModuleFactory:
     """A factory of BatchNorm modules that use batch statistics if `train`, else the running ones.
 
@@ -137,9 +238,7 @@ def batch_norm(train: bool, **kwargs) -> ModuleFactory:
     step. The running variance is the biased one. `axis_name` makes statistics common to the devices
     of a `pmap` or `shard_map`; under a sharded `jit` they are the global batch's anyway.
     """
-    return partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, **kwargs
-    )
+    return partial(BatchNorm, use_running_average=not train, **kwargs)
 
 
 # Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has

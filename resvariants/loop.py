@@ -83,7 +83,7 @@ def set_up(config: ConfigDict) -> Setup:
         data_set.num_classes,
         dtype=choose("model.dtype", options.dtype, DTYPES),
         remat=options.remat,
-        unroll=options.unroll or True,
+        unroll=True if options.unroll == 0 else options.unroll,
         survival_probability=options.survival_probability,
         survival_schedule=options.survival_schedule,
         axis_name=parallel.bn_axis_name,

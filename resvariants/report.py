@@ -73,7 +73,8 @@ def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    styles = {"train": ("--", 1.0), "validation": (":", 1.6), "test": ("-", 1.8)}
+    # Marked, since a short run may have been evaluated only once.
+    styles = {"train": ("--", 1.0), "validation": (".:", 1.6), "test": (".-", 1.8)}
     for split, (style, width) in styles.items():
         points = [(row["step"], row["error"]) for row in rows if row["split"] == split]
         if points:
@@ -81,9 +82,9 @@ def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, color="C0", linewidth=width, label=label)
     # The last part of a run matters most; the first steps at chance level would flatten it.
     errors = sorted(row["error"] for row in rows)
-    axes.set_ylim(0, max(1.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
+    axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
     rates = [(row["step"], row["learning_rate"]) for row in rows if row["split"] == "train"]
-    for (_, before), (step, after) in pairwise(rates):
+    for (step, before), (_, after) in pairwise(rates):
         if after < 0.5 * before:
             axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
     axes.set(xlabel="step", ylabel="error (%)", title=title)

@@ -32,7 +32,7 @@ def apply_stacked(
     gates: jax.Array | None,
     length: int,
     *,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
     group: int | None = None,
 ) -> jax.Array:
     """`length` units in sequence, compiled once: a scan over variables stacked under `name`.
@@ -44,7 +44,8 @@ def apply_stacked(
       parent: the module (in its compact method) whose variables hold the stack.
       unit: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
       gates: shape (length,), or None.
-      unroll: units per iteration of the compiled loop; True for no loop at all.
+      unroll: units per iteration of the compiled loop; True for no loop at all; None for no loop
+        where it would have only two units, for which it costs more than it saves.
       group: keep only every `group`-th unit's input for the backward pass.
     """
     if parent.is_initializing():
@@ -59,6 +60,9 @@ def apply_stacked(
     def body(x, unit_slice):
         variables, gate = unit_slice
         return unit.apply(variables, x, gate, mutable=mutable)
+
+    if unroll is None:
+        unroll = length <= 2
 
     def run(x, stack):
         return lax.scan(body, x, stack, unroll=unroll)
@@ -94,7 +98,7 @@ class Stage(nn.Module):
     features: int
     strides: int
     remat: str = "none"
-    unroll: int | bool = 1
+    unroll: int | bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
@@ -155,7 +159,8 @@ class ResNet(nn.Module):
         training (one draw per batch) and residuals scaled by their probability in evaluation.
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
         rest; "sqrt": keep only every sqrt(n)-th of a stage's n inputs, and recompute twice.
-      unroll: units per iteration of the compiled loop, True for all. Compile time grows with it.
+      unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
+        None is one, but for stages of three units, where the loop costs more than it saves.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
     """
@@ -169,7 +174,7 @@ class ResNet(nn.Module):
     survival_probability: float = 1.0
     survival_schedule: str = "linear"
     remat: str = "none"
-    unroll: int | bool = 1
+    unroll: int | bool | None = None
     dtype: Any = None
     axis_name: str | None = None
 

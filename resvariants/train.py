@@ -124,17 +124,22 @@ def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int
     check_choice("schedule.kind", schedule.kind, ("piecewise", "cosine"))
     check_choice("schedule.warmup_kind", schedule.warmup_kind, ("constant", "linear"))
     scale = steps_per_epoch if schedule.unit == "epochs" else 1.0
-    if schedule.cut_to_steps is not None:
+    if schedule.cut_to_steps is not None and schedule.length > 0:
         scale = schedule.cut_to_steps / schedule.length
     length = round(schedule.length * scale)
     warmup = round(schedule.warmup * scale)
     milestones = [round(milestone * scale) for milestone in schedule.milestones]
     if length < 1:
-        raise InputError(f"schedule.length {schedule.length} {schedule.unit} gives no step at all")
-    if not 0 <= warmup < length or milestones != sorted(milestones):
         raise InputError(
-            f"schedule.warmup {schedule.warmup} and milestones {schedule.milestones} must lie in"
-            f" order within schedule.length {schedule.length} ({schedule.unit})"
+            f"schedule.length {schedule.length} {schedule.unit}, cut_to_steps"
+            f" {schedule.cut_to_steps}: that gives no step at all"
+        )
+    points = [0, warmup, *(milestones if schedule.kind == "piecewise" else ()), length]
+    if points != sorted(points) or warmup == length:
+        raise InputError(
+            f"schedule.warmup {schedule.warmup} and milestones {tuple(schedule.milestones)} must"
+            f" follow each other within schedule.length {schedule.length} ({schedule.unit});"
+            " schedule.cut_to_steps shortens all of them in proportion"
         )
     rate = schedule.learning_rate
     if schedule.kind == "cosine":
@@ -163,8 +168,20 @@ def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTr
     Args:
       optimizer: the `optimizer` part of a config (documented in `configs/default.py`).
       learning_rate: a function of the step.
+
+    Raises:
+      InputError: a pattern that is no regular expression, or a norm that is not positive.
     """
-    decayed = re.compile(optimizer.weight_decay_parameters)
+    try:
+        decayed = re.compile(optimizer.weight_decay_parameters)
+    except re.error as error:
+        raise InputError(
+            f"optimizer.weight_decay_parameters {optimizer.weight_decay_parameters!r} is no regular"
+            f" expression: {error}"
+        ) from None
+    clip = optimizer.clip_norm
+    if clip is not None and not clip > 0:
+        raise InputError(f"optimizer.clip_norm is {clip}; it must be positive, or None for none")
 
     def decay_mask(params):
         # By path, not by rank: the scales of stacked BatchNorms have two dimensions.
@@ -173,7 +190,7 @@ def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTr
         return traverse_util.unflatten_dict(mask, sep="/")
 
     return optax.chain(
-        *([optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []),
+        *([] if clip is None else [optax.clip_by_global_norm(clip)]),
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
         optax.sgd(learning_rate, optimizer.momentum, nesterov=optimizer.nesterov),
     )

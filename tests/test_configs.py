@@ -44,7 +44,12 @@ def types(config, prefix=""):
 
 DEFAULT = flat(default.get_config())
 # What may be None, and what it is otherwise.
-PLACEHOLDERS = {"dataset.data_dir": str, "optimizer.clip_norm": float, "schedule.cut_to_steps": int}
+PLACEHOLDERS = {
+    "dataset.data_dir": str,
+    "model.unroll": int,
+    "optimizer.clip_norm": float,
+    "schedule.cut_to_steps": int,
+}
 
 
 # The keys

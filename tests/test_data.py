@@ -72,7 +72,7 @@ def test_the_held_out_images_are_spread_over_the_whole_set():
     assert np.all((in_each_tenth > 5) & (in_each_tenth < 40))
 
 
-HELD = [2, 3, 4, 18, 23, 36]
+HELD = [2, 10, 11, 27, 28, 41]
 
 
 def test_the_held_out_images_are_those_of_earlier_versions():
@@ -135,10 +135,10 @@ def test_white_images_overflow_nothing(kind):
     mean, scale = normalisation(kind, images)
     np.testing.assert_array_equal(mean, 255)
     np.testing.assert_array_equal(scale, 1)
-    images[::2] = 253
+    images[::2] = 251
     mean, scale = normalisation(kind, images)
-    np.testing.assert_array_equal(mean, 254)
-    np.testing.assert_array_equal(scale, 1)
+    np.testing.assert_array_equal(mean, 253)
+    np.testing.assert_array_equal(scale, 2)
 
 
 def test_a_pixel_without_variance_becomes_zero():
@@ -315,17 +315,20 @@ def test_images_are_normalised_and_keep_their_labels(kind):
     np.testing.assert_allclose(batch["image"], expected, atol=1e-5)
 
 
-def test_images_are_augmented_after_normalisation_and_anew_every_time(augmenting):
+def test_images_are_augmented_after_normalisation_and_anew_every_step(augmenting):
     normalised = by_formula("per_pixel_mean", SPLIT.images).astype(np.float32)
-    seen = [set() for _ in range(SIZE)]
+    of_label, at_place = ([set() for _ in range(n)] for n in (SIZE, BATCH))
     for step in range(SIZE):
-        batch = augmenting[step]
-        for image, label in zip(*map(np.asarray, (batch["image"], batch["label"])), strict=True):
+        batch = jax.device_get(augmenting[step])
+        for place, (image, label) in enumerate(zip(batch["image"], batch["label"], strict=True)):
             both = [normalised[label], normalised[label][:, ::-1]]
-            allowed = [w for x in both for w in map(as_image, windows(x, 2))]
-            (match,) = np.flatnonzero([np.allclose(image, w, atol=1e-5) for w in allowed])
-            seen[label].add(int(match))
-    assert all(len(matches) > 1 for matches in seen)
+            allowed = [as_image(window) for x in both for window in windows(x, 2)]
+            (change,) = np.flatnonzero([np.allclose(image, w, atol=1e-5) for w in allowed])
+            of_label[label].add(int(change))
+            at_place[place].add(int(change))
+    assert min(map(len, of_label)) > 1
+    # 23 draws out of 50: one draw for all steps would show here, since places stay as they are.
+    assert min(map(len, at_place)) > 10
 
 
 def as_image(window):

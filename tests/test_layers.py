@@ -134,6 +134,66 @@ def test_max_pool_pads_with_minus_infinity():
     np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), reference.max_pool(x, 3, 2, 1))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_equals_flaxs(dtype):
+    """Against `nn.BatchNorm` under autodiff: outputs, statistics and all gradients."""
+    x, weight = 3 * draw(4, 5, 3, 6) + 2, draw(4, 5, 3, 6)
+    theirs = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, dtype=dtype)
+    ours = layers.batch_norm(train=True, dtype=dtype)()
+    stats = {"mean": draw(6), "var": draw(6) ** 2}
+    params = {"scale": draw(6), "bias": draw(6)}
+
+    def run(module):
+        def loss(params, x):
+            variables = {"params": params, "batch_stats": stats}
+            y, updates = module.apply(variables, x, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)) * weight), (y, updates)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.1
+    expected = run(theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance
+        ),
+        run(ours),
+        expected,
+    )
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (run(ours), expected)]
+    assert dtypes[0] == dtypes[1]
+    variables = {"params": params, "batch_stats": stats}
+    np.testing.assert_allclose(
+        layers.batch_norm(train=False, dtype=dtype)().apply(variables, x).astype(jnp.float32),
+        theirs.clone(use_running_average=True).apply(variables, x).astype(jnp.float32),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+
+
+def test_batch_norms_gradient_is_that_of_the_formula():
+    """Against central differences of the numpy reference, in float64."""
+    rng = np.random.default_rng(1)
+    x, weight = rng.normal(size=(3, 4, 2, 2)) + 5, rng.normal(size=(3, 4, 2, 2))
+    params = {"scale": rng.normal(size=2), "bias": rng.normal(size=2)}
+    stats = {"mean": np.zeros(2), "var": np.ones(2)}
+    direction = rng.normal(size=x.shape)
+
+    def loss(x):
+        return np.sum(reference.batch_norm(params, stats, x, train=True)[0] ** 2 * weight)
+
+    slope = (loss(x + 1e-5 * direction) - loss(x - 1e-5 * direction)) / 2e-5
+    with jax.enable_x64(True):
+        variables = jax.tree.map(jnp.asarray, {"params": params, "batch_stats": stats})
+
+        def ours(x):
+            module = layers.batch_norm(train=True)()
+            return jnp.sum(module.apply(variables, x, mutable=["batch_stats"])[0] ** 2 * weight)
+
+        grad = np.asarray(jax.grad(ours)(jnp.asarray(x)))
+    assert float(np.sum(grad * direction)) == pytest.approx(slope, rel=1e-6)
+
+
 def test_running_statistics_keep_nine_tenths():
     x = draw(4, 3, 3, 2) * 3 + 1
     module = layers.batch_norm(train=True)()
@@ -142,4 +202,3 @@ def test_running_statistics_keep_nine_tenths():
     mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))
     np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-4)
-    assert isinstance(module, nn.BatchNorm)

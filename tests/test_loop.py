@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -40,14 +41,13 @@ def config(model="resnet8", **overrides):
     return made
 
 
-def final_state(workdir, **overrides):
-    """Every array of the last checkpoint, as numpy."""
-    setup = loop.set_up(config(**overrides))
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", 2)
-    assert checkpoints.latest_step == STEPS
+def final_state(workdir, steps=STEPS):
+    """Every array of a resnet8's last checkpoint, as numpy."""
+    setup = loop.set_up(config())
     shapes = jax.eval_shape(setup.new_state)
-    state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
-    checkpoints.close()
+    with closing(Checkpoints(Path(workdir) / "checkpoints", 2)) as checkpoints:
+        assert checkpoints.latest_step == steps
+        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
     return jax.tree.map(np.asarray, state)
 
 
@@ -243,7 +243,7 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"eval_batch_size": 7}, "eval_batch_size 7 cannot be shared"),
         ({"batch_size": 1440}, "exceeds the 1337 training images"),
         ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
-        ({"schedule.milestones": (30, 20)}, "in order"),
+        ({"schedule.milestones": (30, 20)}, "follow each other"),
         ({"parallel": "pjit"}, "allowed: jit, pmap"),
         ({"log_every_steps": 0}, "must be positive"),
         ({"keep_checkpoints": 0}, "at least 1"),
@@ -338,24 +338,15 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     moments = random.Random(seed)
-    killed = 0
-    while killed < 3:
+    for _ in range(3):
         process = program(tmp_path / "killed", *arguments)
         time.sleep(moments.uniform(3, 14))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "finished before the third kill"
-        killed += 1
     last = program(tmp_path / "killed", *arguments)
     last.communicate()
     assert last.returncode == 0
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
-    states = []
-    for name in ("whole", "killed"):
-        checkpoints = Checkpoints(tmp_path / name / "checkpoints", 2)
-        assert checkpoints.latest_step == 400
-        setup = loop.set_up(digits.get_config("resnet8"))
-        shapes = jax.eval_shape(setup.new_state)
-        states.append(checkpoints.restore(shapes, setup.parallel.replicated)[0])
-        checkpoints.close()
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)
+    whole, killed = (final_state(tmp_path / name, 400) for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)

@@ -467,6 +467,7 @@ def test_failed_download(path, message, archives, server, tmp_path, monkeypatch)
 
 def test_program_prepares(archives, tmp_path, monkeypatch, capsys):
     set_checksums(monkeypatch, "cifar10", archives)
+    monkeypatch.syspath_prepend(PROGRAM.parent)
     monkeypatch.setattr(
         sys,
         "argv",

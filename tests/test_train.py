@@ -143,14 +143,17 @@ def test_learning_rate_and_factor_are_the_configs():
         ({"warmup_kind": "slow"}, "unknown schedule.warmup_kind 'slow'; allowed: constant, linear"),
         ({"length": 0}, "no step at all"),
         ({"length": -5}, "no step at all"),
-        ({"unit": "epochs", "length": 1, "milestones": ()}, "length 1 epochs gives no step at all"),
+        ({"unit": "epochs", "length": 1, "milestones": ()}, "schedule.length 1 epochs"),
         ({"cut_to_steps": 0}, "no step at all"),
         ({"cut_to_steps": -1}, "no step at all"),
         ({"length": 0, "cut_to_steps": 10}, "no step at all"),
         ({"warmup": -1}, "warmup -1"),
         ({"warmup": 64_000}, "warmup 64000"),
         ({"warmup": 70_000, "kind": "cosine"}, "warmup 70000"),
-        ({"milestones": (48_000, 32_000)}, "must lie in order"),
+        ({"length": 10_000}, "cut_to_steps shortens all of them"),
+        ({"warmup": 40_000}, "warmup 40000"),
+        ({"milestones": (-5, 48_000)}, "milestones (-5, 48000)"),
+        ({"milestones": (48_000, 32_000)}, "follow each other within schedule.length 64000"),
     ],
 )
 def test_an_impossible_schedule_is_refused(changes, says):
@@ -548,7 +551,7 @@ def test_bfloat16_is_of_the_computation_only(in_bfloat16):
     outputs = jax.eval_shape(
         partial(model.apply, train=False, return_features=True), variables, IMAGES["image"]
     )
-    assert outputs["logits"].dtype == jnp.float32
+    assert outputs["pooled"].dtype == outputs["logits"].dtype == jnp.float32
     assert outputs["stage3"].dtype == jnp.bfloat16
 
 

@@ -46,12 +46,14 @@ def run_with_config(main: Callable[[], object]) -> None:
 
 
 def _parse_flags(argv):
-    # absl's own parsing, with ml_collections' complaints about configs in words.
+    # absl's parsing, with its own complaints and ml_collections' in our words.
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used
         return rest
-    except AttributeError:
+    except flags.Error as error:
+        raise InputError(f"{error} (--helpshort lists the flags)") from None
+    except (AttributeError, KeyError, TypeError):
         known = _keys(default.get_config())
         given = (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)
         for key in (match[1] for match in given if match):

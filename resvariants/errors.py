@@ -15,9 +15,8 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A comma-separated list of the `known` names most like `name` (all of them if none is)."""
-    known = sorted(known)
-    return ", ".join(difflib.get_close_matches(name, known, count, cutoff=0.5) or known)
+    """A comma-separated list of the `known` names most like `name`, best first."""
+    return ", ".join(difflib.get_close_matches(name, sorted(known), count, cutoff=0.0))
 
 
 def check_choice(what: str, name: str, known: Collection[str]) -> str:

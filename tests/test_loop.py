@@ -310,6 +310,11 @@ def program(workdir, *arguments):
             ["--config=configs/digits.py:resnet20", "--config.lerning_rate=1"],
             "unknown config key 'lerning_rate'; nearest: schedule.learning_rate",
         ),
+        (
+            ["--config=configs/digits.py:resnet20", "--config.optimzer.momentum=0"],
+            "unknown config key 'optimzer.momentum'; nearest: optimizer.momentum",
+        ),
+        (["--config=configs/digits.py:resnet20", "--config.seed=one"], "invalid literal for int"),
         (["--config=configs/digits.py:resnet21"], "20 (n=3) or 26 (n=4)"),
         (["--config=configs/digitz.py"], "no such config file"),
         (

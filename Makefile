@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow lint clean
+.PHONY: run test test-slow lint clean .venv
 
 # The main job: train ResNet-20 on the embedded data set; a table, and a report with plots in runs/digits.
 run: .venv
@@ -18,12 +18,14 @@ lint: .venv
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-# Built anew when the dependencies change; a failed installation leaves nothing behind.
-.venv: setup.cfg pyproject.toml
+.venv: .venv/.ready
+
+# Built anew when the dependencies change, or when the last installation did not come to its end.
+.venv/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resvariants needs Python 3.11 or later; name one with make PYTHON=python3.x")'
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]' || (rm -rf .venv; exit 1)
-	touch .venv
+	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]'
+	touch .venv/.ready
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,10 +3,10 @@
     python experiments/train.py --config=configs/svhn.py:cifar_resnet152 \
         --config.dataset.data_dir=data --workdir=runs/svhn
 
-Paper's test errors (per cent), 152 layers: constant depth 1.80; stochastic depth 1.75
-(`--config.model.survival_probability=0.5`). The paper holds out 400 training and 200 extra images
-of each class and reports the epoch of lowest validation error; here 6,000 images are held out at
-random and the last epoch is reported.
+`--config.model.survival_probability=0.5` is stochastic depth. The paper holds out 400 training and
+200 extra images of each class and reports the epoch of lowest validation error; here 6,000 images
+are held out at random and the last epoch is reported. Its test errors are in
+`resvariants/papers.py`.
 """
 
 from configs import default

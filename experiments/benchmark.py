@@ -1,6 +1,6 @@
 """Measures the train step: what its compilation costs, and its speed against stock Flax.
 
-python experiments/benchmark.py compile [--models resnet20 resnet110 resnet1202] [--batch_size 16]
+python experiments/benchmark.py compile [--models resnet20 resnet110 resnet1202] [--rounds 5]
 python experiments/benchmark.py step [--model resnet20] [--batch_size 128] [--rounds 7]
 
 Everything compared is measured in one process, the contenders in turn, on random images.
@@ -68,25 +68,31 @@ def jitted_step(model, image_shape, batch_size):
     return step, state, batch
 
 
-def measure_compile(models: list[str], batch_size: int) -> None:
+def measure_compile(models: list[str], batch_size: int, rounds: int) -> None:
     """Prints what tracing, lowering and compiling each model's step takes."""
+    inputs = {
+        name: jitted_step(create_model(name), find(name).image_shape, batch_size) for name in models
+    }
+    seconds: dict[str, list] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, (step, state, batch) in inputs.items():
+            jax.clear_caches()
+            marks = [time.perf_counter()]
+            traced = step.trace(state, batch)
+            marks.append(time.perf_counter())
+            lowered = traced.lower()
+            marks.append(time.perf_counter())
+            lowered.compile()
+            marks.append(time.perf_counter())
+            seconds[name].append([*np.diff(marks), marks[-1] - marks[0]])
+    print(f"batch {batch_size}, {describe_devices()}, medians of {rounds} rounds")
     print(
         "| model | trace s | lower s | compile s | sum s | sum / first |\n|---|---|---|---|---|---|"
     )
-    first = None
-    for name in models:
-        step, state, batch = jitted_step(create_model(name), find(name).image_shape, batch_size)
-        marks = [time.perf_counter()]
-        traced = step.trace(state, batch)
-        marks.append(time.perf_counter())
-        lowered = traced.lower()
-        marks.append(time.perf_counter())
-        lowered.compile()
-        marks.append(time.perf_counter())
-        parts, total = np.diff(marks), marks[-1] - marks[0]
-        first = first or total
-        cells = " | ".join(f"{seconds:.2f}" for seconds in (*parts, total, total / first))
-        print(f"| {name} | {cells} |", flush=True)
+    medians = {name: np.median(rows, axis=0) for name, rows in seconds.items()}
+    for name, median in medians.items():
+        cells = [*median, median[-1] / medians[models[0]][-1]]
+        print(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
 
 
 def measure_step(name: str, batch_size: int, rounds: int) -> None:
@@ -133,13 +139,14 @@ def main() -> None:
         "--models", nargs="+", default=["resnet20", "resnet110", "resnet1202"]
     )
     compile_parser.add_argument("--batch_size", type=int, default=16)
+    compile_parser.add_argument("--rounds", type=int, default=5)
     step_parser = what.add_parser("step", help="images per second against stock Flax")
     step_parser.add_argument("--model", default="resnet20")
     step_parser.add_argument("--batch_size", type=int, default=128)
     step_parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     if args.what == "compile":
-        measure_compile(args.models, args.batch_size)
+        measure_compile(args.models, args.batch_size, args.rounds)
     else:
         measure_step(args.model, args.batch_size, args.rounds)
 

@@ -20,13 +20,20 @@ def layout(tree) -> dict[str, list]:
 class Checkpoints:
     """The last few states of a run, saved in the background."""
 
-    def __init__(self, directory: Path, keep: int):
-        """`keep` states stay, the newest ones; the directory is created when one is saved."""
+    def __init__(self, directory: Path, keep: int | None = None):
+        """`keep` states stay, the newest ones; None only reads, beside a run that may be writing.
+
+        Raises:
+          InputError: there is nothing to read.
+        """
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        if keep is None:
+            if not self.directory.is_dir():
+                raise InputError(f"no checkpoint in {self.directory}")
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest_step(self) -> int | None:

@@ -27,11 +27,11 @@ def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = Fa
     """
     if remat:
         on, off = nn.remat(on), nn.remat(off)
-    if gate is None:
+    if gate is None or unit.is_initializing():
         return on(unit, None, x)
     if jnp.result_type(gate) == jnp.bool_:
         return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
-    return on(unit, gate.astype(x.dtype), x)
+    return on(unit, jnp.asarray(gate, x.dtype), x)
 
 
 def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:

@@ -11,7 +11,8 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from resvariants import sources, zoo
 from resvariants.checkpoint import Checkpoints
 from resvariants.data import TrainingBatches, evaluation_batches, normalisation, split_validation
 from resvariants.errors import InputError, choose
-from resvariants.parallel import Parallel, make_parallel
+from resvariants.parallel import Parallel, check_batch_size, make_parallel
 from resvariants.report import Reporter, print_table, result_table
 from resvariants.summary import abstract_variables, count_parameters
 from resvariants.train import (
@@ -40,6 +41,41 @@ from resvariants.train import (
 from resvariants.workdir import Workdir, read_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+# What numbers may be, where no function below says so itself.
+LIMITS = (
+    (
+        "positive and finite",
+        lambda x: 0 < x < math.inf,
+        (
+            "batch_size",
+            "eval_batch_size",
+            "log_every_steps",
+            "eval_every_epochs",
+            "checkpoint_every_epochs",
+            "keep_checkpoints",
+            "schedule.factor",
+        ),
+    ),
+    (
+        "at least 0 and finite",
+        lambda x: 0 <= x < math.inf,
+        (
+            "model.unroll",
+            "dataset.crop_padding",
+            "optimizer.weight_decay",
+            "schedule.learning_rate",
+            "schedule.warmup_learning_rate",
+        ),
+    ),
+    (
+        "at least 0 and below 1",
+        lambda x: 0 <= x < 1,
+        ("label_smoothing", "optimizer.momentum"),
+    ),
+    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -67,15 +103,12 @@ def set_up(config: ConfigDict) -> Setup:
     Raises:
       InputError: anything in the config that cannot be.
     """
-    for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
-        if not config[key] > 0:
-            raise InputError(f"{key} is {config[key]}; it must be positive")
-    if config.keep_checkpoints < 1:
-        raise InputError(f"keep_checkpoints is {config.keep_checkpoints}; keep at least 1")
-    if config.tensorboard:
-        summary_writer()
-    sizes = {key: config[key] for key in ("batch_size", "eval_batch_size")}
-    parallel = make_parallel(config.parallel, config.sync_batch_norm, sizes)
+    for words, allowed, keys in LIMITS:
+        for key in keys:
+            value = reduce(getitem, key.split("."), config)
+            if value is not None and not allowed(value):
+                raise InputError(f"{key} is {value}; it must be {words}")
+    parallel = make_parallel(config.parallel, config.sync_batch_norm)
     data_set = choose("dataset.name", config.dataset.name, sources.DATA_SETS)
     options = config.model
     model = zoo.create_model(
@@ -115,8 +148,10 @@ def set_up(config: ConfigDict) -> Setup:
 def make_evaluator(setup: Setup, batch_size: int) -> Callable[[TrainState, str], dict[str, float]]:
     """A function `(state, split) -> {loss, error, images, seconds}`, exact over the whole split.
 
-    `loss` is the mean cross-entropy, `error` in per cent.
+    `loss` is the mean cross-entropy, `error` in per cent. Batches have the next size that the
+    devices can share.
     """
+    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
     step = jax.jit(partial(eval_step, model=setup.model))
 
     def evaluate(state, split):
@@ -157,15 +192,18 @@ class Log:
         reporter: Reporter,
         setup: Setup,
         config: ConfigDict,
+        start: int,
         train_seconds: float,
     ):
-        """Rows are shown by `reporter` and appended to the workdir's `metrics.jsonl`."""
+        """Rows after step `start` are shown by `reporter` and appended to `metrics.jsonl`."""
         self._workdir, self._reporter = workdir, reporter
         self._setup, self._batch_size = setup, config.batch_size
         self._every = config.log_every_steps
         self._writer = None
         if config.tensorboard:
-            self._writer = summary_writer()(str(workdir.path / "tensorboard"))
+            # Points of steps that are about to be trained again are dropped.
+            folder = str(workdir.path / "tensorboard")
+            self._writer = summary_writer()(folder, purge_step=start + 1)
         self.rows = workdir.read_rows()
         self.train_seconds = train_seconds
         self._sums: list[dict] = []
@@ -182,17 +220,20 @@ class Log:
           TrainingDiverged: they are not finite.
         """
         values = {key: float(np.mean(value)) for key, value in jax.device_get(metrics).items()}
-        if not all(map(math.isfinite, values.values())):
-            raise TrainingDiverged(
-                f"step {step}: the loss is {values['loss']:g} and the gradient norm"
-                f" {values['gradient_norm']:g} at learning rate {self._learning_rate(step):g}."
-                " Earlier checkpoints are intact. A lower schedule.learning_rate, a longer"
-                " schedule.warmup or an optimizer.clip_norm may help."
-            )
+        self._check_finite(step, values)
         self._sums.append(values)
         self._reporter.step(step)
         if step % self._every == 0:
             self.flush(step)
+
+    def _check_finite(self, step, values):
+        if not all(map(math.isfinite, values.values())):
+            found = ", ".join(f"{key} {value:g}" for key, value in values.items())
+            raise TrainingDiverged(
+                f"step {step}: {found} at learning rate {self._learning_rate(step):g}. The"
+                " checkpoints are from before. A lower schedule.learning_rate, a longer"
+                " schedule.warmup or an optimizer.clip_norm may help."
+            )
 
     def _learning_rate(self, step):
         # The schedule computes in float32: 0.01, not 0.009999999776.
@@ -211,7 +252,12 @@ class Log:
         self.restart_clock()
 
     def write(self, step: int, split: str, metrics: dict[str, float], speed: float) -> None:
-        """Adds a row."""
+        """Adds a row.
+
+        Raises:
+          TrainingDiverged: the metrics are not finite.
+        """
+        self._check_finite(step, metrics)
         row = {
             "step": step,
             "epoch": step / self._setup.steps_per_epoch,
@@ -227,6 +273,11 @@ class Log:
             for key in row.keys() - {"step", "split"}:
                 self._writer.add_scalar(f"{split}/{key}", row[key], step)
             self._writer.flush()
+
+    def close(self) -> None:
+        """Ends what the rows were written to."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def summary_writer():
@@ -257,8 +308,11 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         print_table(result_table(workdir.result))
         return workdir.result
 
+    if config.tensorboard:
+        summary_writer()
+    check_batch_size(config.batch_size)
     setup = set_up(config)
-    parallel, total = setup.parallel, setup.total_steps
+    parallel = setup.parallel
     batches = TrainingBatches(
         setup.splits["train"],
         config.batch_size,
@@ -270,13 +324,35 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         sharding=parallel.batch_sharding,
         replicated=parallel.replicated,
     )
+    step = partial(
+        train_step,
+        model=setup.model,
+        optimizer=setup.optimizer,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+    )
+    shapes = jax.eval_shape(parallel.replicate, jax.eval_shape(setup.new_state))
+    clock = time.perf_counter()
+    compiled = parallel.compile(step).lower(shapes, parallel.split(batches[0])).compile()
+    compile_seconds = time.perf_counter() - clock
+    # Only now, when nothing about the config can be wrong any more, anything is written.
+    with workdir.writing():
+        log = _run(config, setup, workdir, batches, compiled, compile_seconds)
+        result = _result(config, setup, log, compile_seconds)
+        workdir.finish(result, log.rows)
+    print_table(result_table(result))
+    return result
+
+
+def _run(config, setup, workdir, batches, compiled, compile_seconds):
+    # Trains from the last checkpoint to the end; returns the log.
+    parallel, total = setup.parallel, setup.total_steps
     shapes = jax.eval_shape(setup.new_state)
     evaluate = make_evaluator(setup, config.eval_batch_size)
     eval_every, save_every = (
         max(1, round(epochs * setup.steps_per_epoch))
         for epochs in (config.eval_every_epochs, config.checkpoint_every_epochs)
     )
-    workdir.create()
     with (
         closing(Checkpoints(workdir.checkpoints, config.keep_checkpoints)) as checkpoints,
         Reporter(total) as reporter,
@@ -289,53 +365,37 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
             state = setup.new_state()
         workdir.keep_rows(start)
         state = parallel.replicate(state)
-        step_fn = parallel.compile(
-            partial(
-                train_step,
-                model=setup.model,
-                optimizer=setup.optimizer,
-                seed=config.seed,
-                label_smoothing=config.label_smoothing,
-            )
-        )
-        clock = time.perf_counter()
-        compiled = step_fn.lower(state, parallel.split(batches[start])).compile()
-        compile_seconds = time.perf_counter() - clock
         reporter.line(
             f"{config.model.name}: {count_parameters(shapes.params):,} parameters,"
             f" {describe_devices()}, train step compiled in {compile_seconds:.1f} s"
             + (f", resumed at step {start}" if start else "")
         )
 
-        log = Log(workdir, reporter, setup, config, train_seconds)
-        pending = None
-        for step in range(start + 1, total + 1):
-            state, metrics = compiled(state, parallel.split(batches[step - 1]))
-            if pending:
-                # One step late, so that the device has its next step while the host waits.
-                log.step(*pending)
-            pending = (step, metrics)
-            evaluating = step == total or step % eval_every == 0
-            saving = step == total or step % save_every == 0
-            if not evaluating and not saving:
-                continue
-            log.step(*pending)
-            log.flush(step)
+        with closing(Log(workdir, reporter, setup, config, start, train_seconds)) as log:
             pending = None
-            current = parallel.single(state)
-            if evaluating:
-                for split in setup.splits.keys() - {"train"}:
-                    values = evaluate(current, split)
-                    speed = values.pop("images") / values.pop("seconds")
-                    log.write(step, split, values, speed)
-            if saving:
-                checkpoints.save(step, current, {"train_seconds": log.train_seconds})
-            log.restart_clock()
-
-    result = _result(config, setup, shapes, log, compile_seconds)
-    workdir.finish(result, log.rows)
-    print_table(result_table(result))
-    return result
+            for step in range(start + 1, total + 1):
+                state, metrics = compiled(state, parallel.split(batches[step - 1]))
+                if pending:
+                    # One step late, so that the device has its next step while the host waits.
+                    log.step(*pending)
+                pending = (step, metrics)
+                evaluating = step == total or step % eval_every == 0
+                saving = step == total or step % save_every == 0
+                if not evaluating and not saving:
+                    continue
+                log.step(*pending)
+                log.flush(step)
+                pending = None
+                current = parallel.single(state)
+                if evaluating:
+                    for split in (s for s in setup.splits if s != "train"):
+                        values = evaluate(current, split)
+                        speed = values.pop("images") / values.pop("seconds")
+                        log.write(step, split, values, speed)
+                if saving:
+                    checkpoints.save(step, current, {"train_seconds": log.train_seconds})
+                log.restart_clock()
+    return log
 
 
 def describe_devices() -> str:
@@ -343,7 +403,7 @@ def describe_devices() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def _result(config, setup, shapes, log, compile_seconds):
+def _result(config, setup, log, compile_seconds):
     last = {row["split"]: row["error"] for row in log.rows}
     rows = [row for row in log.rows if row["split"] == "train"]
     starts = [0, *(row["step"] for row in rows)]
@@ -352,7 +412,7 @@ def _result(config, setup, shapes, log, compile_seconds):
     result = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "num_params": count_parameters(shapes.params),
+        "num_params": count_parameters(jax.eval_shape(setup.new_state).params),
         "steps": setup.total_steps,
         "epochs": setup.total_steps / setup.steps_per_epoch,
         "seed": config.seed,
@@ -394,7 +454,7 @@ def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[
         config.dataset.data_dir = data_dir
     setup = set_up(config)
     choose("split", split, setup.splits)
-    with closing(Checkpoints(Path(path) / "checkpoints", 1)) as checkpoints:
+    with closing(Checkpoints(Path(path) / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step
         shapes = jax.eval_shape(setup.new_state)
         state, _ = checkpoints.restore(shapes, setup.parallel.replicated)

@@ -27,7 +27,6 @@ class Parallel(NamedTuple):
       replicate: a state -> a copy for every device.
       single: a replicated state -> the state.
       split: a batch -> its shares for the devices.
-      metrics: what the step returned -> one number each.
       batch_sharding, replicated: how arrays lie outside the step.
       bn_axis_name: what to give the model as `axis_name`.
     """
@@ -41,22 +40,26 @@ class Parallel(NamedTuple):
     bn_axis_name: str | None
 
 
-def make_parallel(mode: str, sync_batch_norm: bool, batch_sizes: dict[str, int]) -> Parallel:
+def check_batch_size(size: int) -> None:
+    """Raises InputError if the devices cannot share a batch of `size` images equally."""
+    count = jax.device_count()
+    if size < 1 or size % count:
+        below = max(size // count, 1) * count
+        raise InputError(
+            f"batch_size {size} cannot be shared equally by {count} devices;"
+            f" the nearest that can: {below} or {below + count}"
+        )
+
+
+def make_parallel(mode: str, sync_batch_norm: bool) -> Parallel:
     """All devices, driven by `mode`: "jit" or "pmap".
 
     Raises:
-      InputError: unknown mode, or a batch size that the devices cannot share equally.
+      InputError: unknown mode.
     """
     check_choice("parallel", mode, ("jit", "pmap"))
     devices = np.array(jax.devices())
     count = devices.size
-    for key, size in batch_sizes.items():
-        if size < 1 or size % count:
-            below = max(size // count, 1) * count
-            raise InputError(
-                f"{key} {size} cannot be shared equally by {count} devices;"
-                f" the nearest that can: {below} or {below + count}"
-            )
     mesh = Mesh(devices, (AXIS,))
     sharded = NamedSharding(mesh, PartitionSpec(AXIS))
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from resvariants.papers import TEST_ERRORS
+
 
 class Reporter:
     """A progress bar with lines above it on a terminal, plain lines elsewhere."""
@@ -125,22 +127,34 @@ def print_table(rows: list[tuple[str, str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def write_report(result: dict[str, Any], path: Path) -> None:
-    """`report.md`: the result's table and the curves drawn beside it."""
+def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    """`report.md`: the result's table beside the paper's figure, and the curves drawn beside it."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    table = result_table(result)
+    run = (result["dataset"], result["model"], config["model"]["survival_probability"])
+    if run in TEST_ERRORS:
+        reported = TEST_ERRORS[run]
+        table.append(("the paper's test error", f"{reported.error:.2f} % ({reported.source})"))
+    schedule = config["schedule"]
+    budget = f"The schedule's {schedule['length']:,} {schedule['unit']}"
+    if schedule["cut_to_steps"] is not None:
+        budget += f" were cut to {schedule['cut_to_steps']:,} steps, its parts in proportion"
+    else:
+        budget += " were run in full"
+    augmented = config["dataset"]["crop_padding"] or config["dataset"]["flip"]
     lines = [
         f"# {result['model']} on {result['dataset']}",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in result_table(result)),
+        *(f"| {name} | {value} |" for name, value in table),
         "",
         "![learning curves](curves.png)",
         "",
-        "Training error is that of the last epoch's batches as they were trained on (augmented,"
-        " with batch statistics); grey lines mark where the learning rate fell. The configuration"
-        " is in"
-        f" `config.json`. Versions: {versions}.",
+        f"{budget}. Training error is that of the last epoch's batches as they were trained on"
+        f" ({'augmented, ' if augmented else ''}normalised by their own statistics); grey lines"
+        " mark where the learning rate fell. The configuration is in `config.json`. Versions:"
+        f" {versions}.",
         "",
     ]
     path.write_text("\n".join(lines))

@@ -55,7 +55,7 @@ def apply_stacked(
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
-    mutable = [c for c in ("batch_stats", "intermediates") if parent.is_mutable_collection(c)]
+    mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
 
     def body(x, unit_slice):
         variables, gate = unit_slice
@@ -207,11 +207,10 @@ class ResNet(nn.Module):
           InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
         """
         check_choice("remat", self.remat, REMAT)
-        if gates is None:
-            gates = self._stochastic_depth_gates(train)
-        elif jnp.shape(gates) != (self.num_units,):
+        gates = self._stochastic_depth_gates(train) if gates is None else jnp.asarray(gates)
+        if gates is not None and gates.shape != (self.num_units,):
             raise InputError(
-                f"gates of shape {jnp.shape(gates)}: this network has {self.num_units} units and"
+                f"gates of shape {gates.shape}: this network has {self.num_units} units and"
                 f" takes shape ({self.num_units},)"
             )
         make_conv = partial(conv, dtype=self.dtype)

@@ -28,11 +28,10 @@ class Split(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The two splits of a data set, and how many classes its labels count."""
+    """The two splits of a data set."""
 
     train: Split
     test: Split
-    num_classes: int
 
 
 class DataSet(NamedTuple):
@@ -70,7 +69,7 @@ def load(name: str, data_dir: str | None = None) -> Source:
     root, directory = _place(entry, data_dir)
     with _opened(directory, entry, _command(name, root)) as builder:
         train = _read(builder, "+".join(entry.train_splits), entry)
-        return Source(train, _read(builder, "test", entry), entry.num_classes)
+        return Source(train, _read(builder, "test", entry))
 
 
 def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = None) -> Path:
@@ -134,7 +133,7 @@ def _digits() -> Source:
     tested = np.zeros(len(images), bool)
     tested[order[np.argsort(labels[order], kind="stable")][::5]] = True
     train, test = (Split(images[part], labels[part].astype(np.int32)) for part in (~tested, tested))
-    return Source(train, test, DATA_SETS["digits"].num_classes)
+    return Source(train, test)
 
 
 def _place(entry: DataSet, data_dir: str | None) -> tuple[Path, Path]:

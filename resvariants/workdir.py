@@ -1,7 +1,10 @@
 """The folder of one run: `config.json`, `metrics.jsonl`, `checkpoints/`, and what comes of it."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +49,29 @@ class Workdir:
                     " name a new folder"
                 )
 
-    def create(self) -> None:
-        """Makes the folder and writes the config, unless they are there."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes the folder, writes the config, and keeps other runs out meanwhile.
+
+        Raises:
+          InputError: another run is writing there, or nothing can be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self.path / "config.json", self._config)
+            folder = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise InputError(f"cannot write workdir {self.path}: {error.strerror}") from error
+        try:
+            try:  # freed by closing, or by the end of the process, however it ends
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another run is writing to {self.path}; wait for it, or name another workdir"
+                ) from None
+            _write_json(self.path / "config.json", self._config)
+            yield
+        finally:
+            os.close(folder)
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, less a last one that was cut short."""
@@ -68,13 +87,13 @@ class Workdir:
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def finish(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Writes `curves.png`, `report.md` and, last, `result.json`."""
         title = f"{result['model']} on {result['dataset']}"
         draw_curves(rows, title, self.path / "curves.png")
-        write_report(result, self.path / "report.md")
+        write_report(result, self._config, self.path / "report.md")
         _write_json(self.path / "result.json", result)
 
 

@@ -124,7 +124,7 @@ def _zoo() -> dict[str, Entry]:
     cifar("resnet110_c", "He et al. 2016", 110, shortcut="C")
     for depth in (20, 32, 44, 56, 110):
         cifar(f"plain{depth}", he2015, depth, plain=True)
-    cifar("cifar_resnet152", "Huang et al. 2016", 152)
+    cifar("cifar_resnet152", "Huang et al. 2016", 152, shortcut="A_average")
     for depth in (164, 1001):
         cifar(f"resnet{depth}", "He et al. 2016", depth, bottleneck=True)
     for depth, sizes in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -231,6 +232,14 @@ def test_only_the_deepest_nets_start_at_a_tenth_of_the_rate(name, model):
     assert length == 64_000
 
 
+def test_another_name_of_a_net_gets_the_same_recipe():
+    for depth in (110, 1202, 20):
+        recipes = [
+            module("cifar10").get_config(f"{prefix}resnet{depth}") for prefix in ("", "cifar_")
+        ]
+        assert recipes[0].schedule == recipes[1].schedule
+
+
 def test_svhn_falls_after_epochs_30_and_35_of_50():
     per_epoch = (73_257 + 531_131 - 6_000) / 128
     rate, length = train.make_schedule(module("svhn").get_config().schedule, per_epoch)
@@ -264,8 +273,8 @@ def test_cifar_can_hold_out_the_papers_5_000_images():
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_can_share_a_recipes_batches(name):
     config = module(name).get_config()
-    sizes = {key: config[key] for key in ("batch_size", "eval_batch_size")}
-    assert parallel.make_parallel(config.parallel, config.sync_batch_norm, sizes)
+    assert jax.device_count() == 8
+    parallel.check_batch_size(config.batch_size)
 
 
 # Names in the documentation
@@ -298,7 +307,8 @@ def test_the_command_in_a_recipes_docstring_works(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_survives_json(name, tmp_path):
     config = module(name).get_config()
-    workdir.Workdir(tmp_path, config).create()
+    with workdir.Workdir(tmp_path, config).writing():
+        pass
     again = workdir.read_config(tmp_path)
     expected = {
         key: list(value) if isinstance(value, tuple) else value
@@ -321,7 +331,8 @@ def test_a_config_survives_json(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_with_its_own_config_and_refuses_another(name, tmp_path):
-    workdir.Workdir(tmp_path, module(name).get_config()).create()
+    with workdir.Workdir(tmp_path, module(name).get_config()).writing():
+        pass
     workdir.Workdir(tmp_path, module(name).get_config())
     other = module(name).get_config()
     other.schedule.milestones = (1, 2)

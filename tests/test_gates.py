@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_resnet import TINY, images, random_variables
 
-from resvariants import InputError, create_model
+from resvariants import BasicUnit, InputError, batch_norm, create_model
 from resvariants.gates import linear_decay, survival_probabilities, uniform
 
 
@@ -118,3 +118,18 @@ def test_skipped_units_get_no_gradient(net):
 
     grads = jax.jit(jax.grad(loss))(variables["params"])["stage2"]["rest"]["conv1"]["kernel"]
     assert not np.any(grads[0]) and np.any(grads[1])
+
+
+def test_gates_may_be_given_at_initialisation_as_lists_and_as_python_numbers():
+    model, x = create_model("resnet8"), images(2, *TINY)
+    plain = model.init(jax.random.key(0), x, train=False)
+    gated = model.init(jax.random.key(0), x, train=False, gates=[False, True, True])
+    jax.tree.map(np.testing.assert_array_equal, gated, plain)
+    np.testing.assert_array_equal(
+        model.apply(plain, x, train=False, gates=[0.5, 1.0, 1.0]),
+        model.apply(plain, x, train=False, gates=jnp.array([0.5, 1.0, 1.0])),
+    )
+    unit, x = BasicUnit(4, batch_norm(train=False)), images(2, 3, 3, 4)
+    variables = unit.init(jax.random.key(0), x, jnp.array(False))
+    halves = [unit.apply(variables, x, gate) for gate in (0.5, jnp.float32(0.5))]
+    np.testing.assert_array_equal(*halves)

@@ -1,10 +1,12 @@
 """The run: what a workdir holds, resuming, refusing."""
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,11 +17,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import digits
 from resvariants import InputError, loop
 from resvariants.checkpoint import Checkpoints
 from resvariants.loop import TrainingDiverged
+from resvariants.report import write_report
+from resvariants.workdir import Workdir
 
 STEPS = 40
 
@@ -30,7 +35,7 @@ def config(model="resnet8", **overrides):
         "schedule.cut_to_steps": STEPS,
         "dataset.validation_size": 100,
         "batch_size": 64,
-        "eval_batch_size": 128,
+        "eval_batch_size": 125,
         "log_every_steps": 5,
         "eval_every_epochs": 0.6,
         "checkpoint_every_epochs": 0.35,
@@ -175,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
         observe(self, step, metrics if step < 12 else {**metrics, "loss": np.float32("nan")})
 
     monkeypatch.setattr(loop.Log, "step", poisoned)
-    with pytest.raises(TrainingDiverged, match="step 12: the loss is nan"):
+    with pytest.raises(TrainingDiverged, match=r"step 12: .*loss nan"):
         loop.train(config(), tmp_path / "run")
     monkeypatch.setattr(loop.Log, "step", observe)
     assert loop.evaluate(tmp_path / "run", "test")["step"] == 7
@@ -187,6 +192,109 @@ def test_a_rate_that_explodes_is_noticed(tmp_path):
         loop.train(
             config(**{"schedule.learning_rate": 1e30, "schedule.warmup": 0}), tmp_path / "run"
         )
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path):
+    """The first step's loss is fine; the parameters that it leaves are not."""
+    overrides = {
+        "schedule.learning_rate": 1e38,
+        "schedule.warmup": 0,
+        "schedule.cut_to_steps": 1,
+        "schedule.milestones": (),
+    }
+    with pytest.raises(TrainingDiverged, match=r"step 1: .*loss (inf|nan)"):
+        loop.train(config(**overrides), tmp_path / "run")
+    assert {row["split"] for row in rows(tmp_path / "run")} == {"train"}
+    assert not (tmp_path / "run" / "result.json").exists()
+    with pytest.raises(InputError, match="no checkpoint"):
+        loop.evaluate(tmp_path / "run", "test")
+
+
+def test_two_runs_cannot_write_to_one_workdir(tmp_path):
+    with (
+        Workdir(tmp_path / "run", config()).writing(),
+        pytest.raises(InputError, match="another run is writing"),
+    ):
+        loop.train(config(), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
+
+
+def test_evaluation_leaves_alone_what_a_run_is_writing(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    (copy / "checkpoints" / "41.orbax-checkpoint-tmp").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    assert loop.evaluate(copy, "test")["step"] == STEPS
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(InputError, match="no checkpoint"):
+        loop.evaluate(copy, "test")
+    assert not (copy / "checkpoints").exists()
+
+
+def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    altered = json.loads((copy / "config.json").read_text())
+    altered["batch_size"], altered["tensorboard"] = 63, True
+    (copy / "config.json").write_text(json.dumps(altered))
+    assert loop.evaluate(copy, "test")["error"] == finished[1]["test_error"]
+
+
+def test_tensorboard_shows_every_row_once_after_a_resume(tmp_path, monkeypatch):
+    observe = loop.Log.step
+
+    def interrupted(self, step, metrics):
+        if step == 26:
+            raise KeyboardInterrupt
+        observe(self, step, metrics)
+
+    monkeypatch.setattr(loop.Log, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config(tensorboard=True), tmp_path / "run")
+    monkeypatch.setattr(loop.Log, "step", observe)
+    loop.train(config(tensorboard=True), tmp_path / "run")
+    shown = {}
+    for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
+        for event in read_events(path):
+            if event.session_log.status == SessionLog.START and event.step:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in shown
+                shown[value.tag, event.step] = value.simple_value
+    for split in ("train", "validation", "test"):
+        expected = {
+            (f"{split}/{key}", row["step"]): row[key]
+            for row in rows(tmp_path / "run")
+            if row["split"] == split
+            for key in ("loss", "error", "learning_rate")
+        }
+        assert expected.keys() <= shown.keys()
+        for key, value in expected.items():
+            assert shown[key] == pytest.approx(value, rel=1e-5)
+
+
+def read_events(path):
+    """The events of a TensorBoard file: records of length, checksum, content, checksum."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_the_report_gives_the_papers_figure_and_the_budget(finished, tmp_path):
+    made = json.loads(config("resnet110", **{"dataset.crop_padding": 4}).to_json())
+    result = {**finished[1], "model": "resnet110", "dataset": "cifar10"}
+    write_report(result, made, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "6.61 % (He et al. 2015" in text
+    assert "40 epochs were cut to 40 steps" in text and "augmented" in text
+    made["schedule"]["cut_to_steps"], made["dataset"]["crop_padding"] = None, 0
+    made["model"]["survival_probability"] = 0.9
+    write_report(result, made, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "the paper's" not in text and "augmented" not in text and "run in full" in text
 
 
 def corrupt_largest_file(folder):
@@ -240,13 +348,19 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"dataset.normalisation": "pixel"}, "allowed: channel, none, per_pixel_mean"),
         ({"dataset.validation_size": 1437}, "between 0 and 1436"),
         ({"batch_size": 60}, "56 or 64"),
-        ({"eval_batch_size": 7}, "eval_batch_size 7 cannot be shared"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0; it must be positive"),
+        ({"eval_every_epochs": math.inf}, "eval_every_epochs is inf; it must be .*finite"),
+        ({"dataset.crop_padding": -1}, "crop_padding is -1; it must be at least 0"),
+        ({"model.unroll": -1}, "unroll is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be .*below 1"),
+        ({"optimizer.momentum": -3.0}, "momentum is -3.0"),
         ({"batch_size": 1440}, "exceeds the 1337 training images"),
         ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
         ({"schedule.milestones": (30, 20)}, "follow each other"),
         ({"parallel": "pjit"}, "allowed: jit, pmap"),
         ({"log_every_steps": 0}, "must be positive"),
-        ({"keep_checkpoints": 0}, "at least 1"),
+        ({"keep_checkpoints": 0}, "must be positive"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
@@ -337,6 +451,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
         "--config=configs/digits.py:resnet8",
         "--config.schedule.cut_to_steps=3000",
         "--config.checkpoint_every_epochs=1",
+        "--config.dataset.validation_size=100",
     ]
     start = time.perf_counter()
     whole = program(tmp_path / "whole", *arguments)

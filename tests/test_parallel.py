@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from resvariants import InputError, create_model
-from resvariants.parallel import make_parallel
+from resvariants.parallel import check_batch_size, make_parallel
 from resvariants.train import create_state, train_step
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, nesterov=True))
@@ -32,7 +32,7 @@ def batches(steps, dtype):
 
 def trained(mode, sync, survival, steps, dtype):
     """The state after `steps` steps as numpy arrays, and the last metrics."""
-    parallel = make_parallel("jit" if mode == "one device" else mode, sync, {"batch_size": BATCH})
+    parallel = make_parallel("jit" if mode == "one device" else mode, sync)
     model = create_model("resnet14", survival_probability=survival, axis_name=parallel.bn_axis_name)
     state = create_state(model, OPTIMIZER, 0, SHAPE)
     state = jax.tree.map(
@@ -83,7 +83,7 @@ def test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_gl
 
 
 def test_devices_stay_replicas_of_each_other():
-    parallel = make_parallel("pmap", False, {"batch_size": BATCH})
+    parallel = make_parallel("pmap", False)
     model = create_model("resnet8", survival_probability=0.5)
     state = parallel.replicate(create_state(model, OPTIMIZER, 0, SHAPE))
     step = parallel.compile(partial(train_step, model=model, optimizer=OPTIMIZER, seed=0))
@@ -95,10 +95,10 @@ def test_devices_stay_replicas_of_each_other():
 @pytest.mark.parametrize(("size", "says"), [(100, "nearest that can: 96 or 104"), (3, "8 or 16")])
 def test_a_batch_that_devices_cannot_share_is_refused(size, says):
     with pytest.raises(InputError, match="cannot be shared equally by 8 devices") as caught:
-        make_parallel("jit", True, {"batch_size": size})
+        check_batch_size(size)
     assert says in str(caught.value)
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(InputError, match="allowed: jit, pmap"):
-        make_parallel("gpu", True, {})
+        make_parallel("gpu", True)

@@ -1,0 +1,35 @@
+"""What do the papers report? Test errors at their full budgets."""
+
+from typing import NamedTuple
+
+
+class Reported(NamedTuple):
+    """A test error in per cent, and where it stands."""
+
+    error: float
+    source: str
+
+
+_HE2015 = "He et al. 2015, table 6"
+_HE2016 = "He et al. 2016, median of five runs"
+_HUANG2016 = "Huang et al. 2016"
+
+# (data set, model, survival probability of the last unit) -> test error. CIFAR with augmentation.
+TEST_ERRORS = {
+    ("cifar10", "resnet20", 1.0): Reported(8.75, _HE2015),
+    ("cifar10", "resnet32", 1.0): Reported(7.51, _HE2015),
+    ("cifar10", "resnet44", 1.0): Reported(7.17, _HE2015),
+    ("cifar10", "resnet56", 1.0): Reported(6.97, _HE2015),
+    ("cifar10", "resnet110", 1.0): Reported(6.61, f"{_HE2015}, mean of five runs, best 6.43"),
+    ("cifar10", "resnet1202", 1.0): Reported(7.93, _HE2015),
+    ("cifar10", "resnet164", 1.0): Reported(5.93, _HE2016),
+    ("cifar10", "resnet1001", 1.0): Reported(7.61, _HE2016),
+    ("cifar10", "resnet110", 0.5): Reported(5.25, _HUANG2016),
+    ("cifar10", "resnet1202", 0.5): Reported(4.91, _HUANG2016),
+    ("cifar100", "resnet164", 1.0): Reported(25.16, _HE2016),
+    ("cifar100", "resnet1001", 1.0): Reported(27.82, _HE2016),
+    ("cifar100", "resnet110", 1.0): Reported(27.76, _HUANG2016),
+    ("cifar100", "resnet110", 0.5): Reported(24.98, _HUANG2016),
+    ("svhn_extra", "cifar_resnet152", 1.0): Reported(1.80, _HUANG2016),
+    ("svhn_extra", "cifar_resnet152", 0.5): Reported(1.75, _HUANG2016),
+}

@@ -10,7 +10,8 @@ The papers' test errors are in `resvariants/papers.py`.
 from configs import default
 
 # Nets that start at a rate of 0.01 until they have begun to learn. He et al. 2015 wait for a
-# training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all.
+# training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all (and
+# find them unnecessary for pre-activated nets, which have them here all the same).
 WARMUP_MODELS = ("resnet110", "resnet164", "resnet1001", "resnet1202", "plain110")
 
 
@@ -21,7 +22,8 @@ def get_config(model: str = "resnet110"):
     config.dataset.name = "cifar10"
     config.dataset.crop_padding = 4
     config.dataset.flip = True
-    if model.removeprefix("cifar_").split("_")[0] in WARMUP_MODELS:
+    name = model.removeprefix("cifar_")
+    if name.startswith("preact_") or name.split("_")[0] in WARMUP_MODELS:
         config.schedule.warmup = 400
     config.eval_every_epochs = 5.0
     config.checkpoint_every_epochs = 5.0

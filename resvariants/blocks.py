@@ -1,56 +1,124 @@
 """What are the units that networks are stacked from?
 
-A unit is a branch F, a shortcut S and a way to merge them under a gate g. Branches are functions
-`(x, features, strides, conv, norm) -> residual` called inside a unit; named units are partials:
-`BasicUnit(features=64, strides=2, norm=batch_norm(train))(x)`.
+A unit is a branch F, a shortcut S and a way to merge them under a gate g, with activations where
+its placement puts them. Branches are functions `(x, features, strides, conv, activate) -> residual`
+called inside a unit: convolutions with `activate(x)`, BN-ReLU, between them. Named units are
+partials: `BasicUnit(features=64, strides=2, norm=batch_norm(train))(x)`.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.gates import apply_gate
-from resvariants.layers import ModuleFactory, conv, identity_shortcut
+from resvariants.layers import ModuleFactory, activate, conv, identity_shortcut
 
 
-def basic_branch(x, features, strides, conv, norm):
-    """Two 3x3 convolutions (He et al. 2015, fig. 5 left): conv-BN-ReLU-conv-BN."""
-    x = conv(features, 3, strides, name="conv1")(x)
-    x = nn.relu(norm(name="norm1")(x))
-    x = conv(features, 3, name="conv2")(x)
-    return norm(name="norm2")(x)
+def single_branch(x, features, strides, conv, activate):
+    """One 3x3 convolution: the one-layer skips of He et al. 2016, table 3."""
+    return conv(features, 3, strides, name="conv1")(x)
 
 
-def bottleneck_branch(x, features, strides, conv, norm, *, strided_conv=1):
+def basic_branch(x, features, strides, conv, activate):
+    """Two 3x3 convolutions (He et al. 2015, fig. 5 left)."""
+    x = activate(conv(features, 3, strides, name="conv1")(x))
+    return conv(features, 3, name="conv2")(x)
+
+
+def bottleneck_branch(x, features, strides, conv, activate, *, strided_conv=1):
     """1x1, 3x3, 1x1 with a quarter of the width inside (He et al. 2015, fig. 5 right).
 
     `strided_conv` tells which of the three carries the stride: 1 as in the authors' Caffe models
     (and the paper's 3.8e9 multiply-adds for ResNet-50), 2 as in fb.resnet.torch and torchvision.
     """
     inner = features // 4
-    x = conv(inner, 1, strides if strided_conv == 1 else 1, name="conv1")(x)
-    x = nn.relu(norm(name="norm1")(x))
-    x = conv(inner, 3, strides if strided_conv == 2 else 1, name="conv2")(x)
-    x = nn.relu(norm(name="norm2")(x))
-    x = conv(features, 1, name="conv3")(x)
-    return norm(name="norm3")(x)
+    x = activate(conv(inner, 1, strides if strided_conv == 1 else 1, name="conv1")(x))
+    x = activate(conv(inner, 3, strides if strided_conv == 2 else 1, name="conv2")(x))
+    return conv(features, 1, name="conv3")(x)
 
 
-def residual_merge(shortcut, residual=None, gate=None):
-    """relu(S + g F), post-activation; a skipped unit (no residual) gives relu(S)."""
+class Placement(NamedTuple):
+    """Where a unit's activations stand, each made of the words "norm" and "relu" in their order.
+
+    Between convolutions they are BN-ReLU always; the number of convolutions and of normalisations
+    is the same in all placements.
+    """
+
+    before: str = ""  # the branch's first convolution
+    after: str = ""  # its last one
+    merged: str = ""  # the addition
+
+
+# He et al. 2016, fig. 4 and table 2, (a) to (e).
+PLACEMENTS = {
+    "original": Placement(after="norm", merged="relu"),
+    "norm_after_addition": Placement(merged="norm relu"),
+    "relu_before_addition": Placement(after="norm relu"),
+    "relu_only_preactivation": Placement(before="relu", after="norm"),
+    "full_preactivation": Placement(before="norm relu"),
+}
+
+
+def residual_merge(shortcut, residual, gate, activate):
+    """activate(S + g F); a skipped unit (no residual) gives activate(S)."""
     if residual is None:
-        return nn.relu(shortcut)
-    return nn.relu(shortcut + (residual if gate is None else gate * residual))
+        return activate(shortcut)
+    return activate(shortcut + (residual if gate is None else gate * residual))
 
 
-def plain_merge(shortcut, residual=None, gate=None):
-    """relu(F), the unit of a plain net; under a gate, g relu(F) + (1 - g) S."""
+def plain_merge(shortcut, residual, gate, activate):
+    """activate(F), the unit of a plain net; under a gate, g activate(F) + (1 - g) S."""
     if residual is None:
         return shortcut
-    y = nn.relu(residual)
+    y = activate(residual)
     return y if gate is None else gate * y + (1 - gate) * shortcut
+
+
+# Weights of shortcut and residual are functions called inside a unit:
+# (x, features, strides, conv, gate, train) -> (a, b), and the unit merges a S with b F. They see
+# the gate (None for 1) because an exclusively gated unit that is skipped has all of its shortcut.
+
+
+def constant_scaling(x, features, strides, conv, gate, train, *, shortcut=0.5, residual=0.5):
+    """Both scaled by constants (He et al. 2016, 3.1); `residual` 1 scales the shortcut alone."""
+    return shortcut, residual
+
+
+def _gate_of_input(x, features, strides, conv, bias):
+    # The paper leaves open how gates look where the shape changes: here a 1x1 convolution with the
+    # unit's stride and output channels, which weighs the option-A shortcut.
+    initial = nn.initializers.constant(bias)
+    return nn.sigmoid(conv(features, 1, strides, use_bias=True, bias_init=initial, name="gate")(x))
+
+
+def exclusive_gating(x, features, strides, conv, gate, train, *, bias=-6.0):
+    """(1 - g(x)) S + g(x) F with g a sigmoid of a 1x1 convolution, its bias `bias` at first."""
+    g = _gate_of_input(x, features, strides, conv, bias)
+    return 1 - (g if gate is None else gate * g), g
+
+
+def shortcut_only_gating(x, features, strides, conv, gate, train, *, bias=-6.0):
+    """(1 - g(x)) S + F, with g as in `exclusive_gating`."""
+    return 1 - _gate_of_input(x, features, strides, conv, bias), 1.0
+
+
+def dropout_shortcut(x, features, strides, conv, gate, train, *, rate=0.5):
+    """Dropout on the shortcut's output; it needs the rng stream `dropout` in training."""
+    shape = (x.shape[0], -(-x.shape[1] // strides), -(-x.shape[2] // strides), features)
+    return nn.Dropout(rate, deterministic=not train)(jnp.ones(shape, x.dtype)), 1.0
+
+
+WEIGHTS = {
+    "constant_scaling": constant_scaling,
+    "exclusive_gating": exclusive_gating,
+    "shortcut_only_gating": shortcut_only_gating,
+    "dropout": dropout_shortcut,
+}
 
 
 class Unit(nn.Module):
@@ -64,7 +132,13 @@ class Unit(nn.Module):
       branch: F, one of the `*_branch` functions.
       shortcut: S, one of `layers.SHORTCUTS`.
       merge: how F, S and the gate make the output, one of the `*_merge` functions.
+      placement: where the activations stand, one of `PLACEMENTS`.
+      weights: what S and F are multiplied with, one of `WEIGHTS`, or None.
+      share_preactivation: where the shape changes, the shortcut starts from the branch's
+        pre-activation (He et al. 2016, appendix, of projections) instead of the unit's input.
+      activated: the input is activated already; there is no pre-activation here.
       conv: a factory of convolutions with the signature of `layers.conv`.
+      train: whether dropout drops.
       remat: recompute the branch in the backward pass instead of keeping its activations.
     """
 
@@ -74,21 +148,65 @@ class Unit(nn.Module):
     branch: Callable[..., jax.Array] = basic_branch
     shortcut: Callable[..., jax.Array] = identity_shortcut
     merge: Callable[..., jax.Array] = residual_merge
+    placement: Placement = PLACEMENTS["original"]
+    weights: Callable[..., tuple] | None = None
+    share_preactivation: bool = True
+    activated: bool = False
     conv: ModuleFactory = conv
+    train: bool = False
     remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """The unit's output; `gate` is a scalar, boolean or float (see `gates.apply_gate`)."""
-        shape = (self.features, self.strides, self.conv, self.norm)
+        shares = self.share_preactivation and (self.strides > 1 or self.features != x.shape[-1])
 
         def on(unit, gate, x):
-            return unit.merge(unit.shortcut(x, *shape), unit.branch(x, *shape), gate)
+            before = unit.before(x)
+            shortcut, weight = unit.weighted_shortcut(x, before if shares else x, gate)
+            residual = unit.residual(before)
+            if unit.weights is not None:
+                residual = weight * residual
+            return unit.merge(shortcut, residual, gate, unit.merged)
 
         def off(unit, x):
-            return unit.merge(unit.shortcut(x, *shape))
+            shortcut, _ = unit.weighted_shortcut(x, unit.before(x) if shares else x, 0.0)
+            return unit.merge(shortcut, None, None, unit.merged)
 
         return apply_gate(self, on, off, gate, x, remat=self.remat)
+
+    def before(self, x):
+        """The pre-activation."""
+        return (
+            x
+            if self.activated
+            else activate(x, self.placement.before, partial(self.norm, name="norm1"))
+        )
+
+    def merged(self, x):
+        """The activation after the addition."""
+        return activate(x, self.placement.merged, partial(self.norm, name="merged_norm"))
+
+    def residual(self, x):
+        """The branch, with its activations but the first; norms are numbered in their order."""
+        numbers = count(2 if "norm" in self.placement.before else 1)
+
+        def between(x):
+            return activate(x, "norm relu", partial(self.norm, name=f"norm{next(numbers)}"))
+
+        x = self.branch(x, self.features, self.strides, self.conv, between)
+        return activate(x, self.placement.after, partial(self.norm, name=f"norm{next(numbers)}"))
+
+    def weighted_shortcut(self, x, start, gate):
+        """a S and b, for the shortcut S from `start`."""
+        shape = (self.features, self.strides, self.conv)
+        # A projection of what is normalised already is not normalised again.
+        norm = None if "norm" in self.placement.before else self.norm
+        shortcut = self.shortcut(start, *shape, norm)
+        if self.weights is None:
+            return shortcut, 1.0
+        a, b = self.weights(x, *shape, gate, self.train)
+        return a * shortcut, b
 
 
 BasicUnit = Unit

@@ -241,6 +241,13 @@ def batch_norm(train: bool, **kwargs) -> ModuleFactory:
     return partial(BatchNorm, use_running_average=not train, **kwargs)
 
 
+def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
+    """`x` after what `words` name in their order: "norm" (by `norm()`), "relu", both or nothing."""
+    for word in words.split():
+        x = norm()(x) if word == "norm" else nn.relu(x)
+    return x
+
+
 # Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has
 # `features` channels and 1/strides of x's height and width.
 
@@ -260,11 +267,14 @@ def identity_shortcut(x, features, strides, conv=None, norm=None, *, average=Fal
 
 
 def projection_shortcut(x, features, strides, conv, norm, *, always=False):
-    """Option B: a 1x1 convolution and BatchNorm where the shape changes; option C: `always`."""
+    """Option B: a 1x1 convolution and BatchNorm where the shape changes; option C: `always`.
+
+    Without `norm` the convolution is alone, as in pre-activation nets.
+    """
     if strides == 1 and features == x.shape[-1] and not always:
         return x
     x = conv(features, 1, strides, name="shortcut_conv")(x)
-    return norm(name="shortcut_norm")(x)
+    return x if norm is None else norm(name="shortcut_norm")(x)
 
 
 SHORTCUTS: dict[str, Callable[..., jax.Array]] = {

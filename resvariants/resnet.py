@@ -19,7 +19,7 @@ from jax import lax
 from resvariants.blocks import BasicUnit
 from resvariants.errors import InputError, check_choice
 from resvariants.gates import survival_probabilities
-from resvariants.layers import ModuleFactory, batch_norm, conv, max_pool
+from resvariants.layers import ModuleFactory, activate, batch_norm, conv, max_pool
 
 REMAT = ("none", "block", "sqrt")
 
@@ -51,15 +51,19 @@ def apply_stacked(
     if parent.is_initializing():
         keys = jax.random.split(parent.make_rng("params"), length)
         spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        stacked = jax.vmap(lambda key: unit.lazy_init({"params": key}, spec))(keys)
+        stacked = jax.vmap(lambda key: unit.lazy_init({"params": key, "dropout": key}, spec))(keys)
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
     mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
 
+    rngs = {}
+    if parent.has_rng("dropout"):
+        rngs["dropout"] = jax.random.split(parent.make_rng("dropout"), length)
+
     def body(x, unit_slice):
-        variables, gate = unit_slice
-        return unit.apply(variables, x, gate, mutable=mutable)
+        variables, gate, rngs = unit_slice
+        return unit.apply(variables, x, gate, mutable=mutable, rngs=rngs)
 
     if unroll is None:
         unroll = length <= 2
@@ -67,7 +71,7 @@ def apply_stacked(
     def run(x, stack):
         return lax.scan(body, x, stack, unroll=unroll)
 
-    stack = (variables, gates)
+    stack = (variables, gates, rngs)
     if group is None:
         x, updates = run(x, stack)
     else:
@@ -90,6 +94,7 @@ class Stage(nn.Module):
 
     Attributes:
       unit: a factory `(features, strides=..., remat=..., name=...)` of units.
+      activated: the stage's input is activated already (see `Unit`).
       remat, unroll: see `ResNet`.
     """
 
@@ -97,6 +102,7 @@ class Stage(nn.Module):
     num_units: int
     features: int
     strides: int
+    activated: bool = False
     remat: str = "none"
     unroll: int | bool | None = None
 
@@ -104,7 +110,8 @@ class Stage(nn.Module):
     def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
         """(batch, height, width, channels), gates (num_units,) -> the stage's output."""
         unit = partial(self.unit, self.features, remat=self.remat != "none")
-        x = unit(strides=self.strides, name="first")(x, None if gates is None else gates[0])
+        first = partial(unit, activated=True) if self.activated else unit
+        x = first(strides=self.strides, name="first")(x, None if gates is None else gates[0])
         length = self.num_units - 1
         if length == 0:
             return x
@@ -145,13 +152,15 @@ class ResNet(nn.Module):
     """A stem, stages of residual (or plain) units, global average pooling and a linear classifier.
 
     Collections `params` and `batch_stats`; rng stream `stochastic_depth` if `survival_probability`
-    is below 1.
+    is below 1, and `dropout` if the units have any.
 
     Attributes:
       stage_sizes: units in each stage.
       features: output channels of each stage; every stage but the first halves the map.
       num_classes: length of the logits; 0 gives pooled features instead.
       unit: a unit factory, such as `BasicUnit` or a `partial` of `Unit`.
+      final_activation: of units that pre-activate: what stands after the last addition, "norm relu"
+        or "relu". The first unit then shares the stem's activation (He et al. 2016, appendix).
       stem: a factory `(features, conv, norm)`.
       stem_features: channels of the stem.
       survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
@@ -169,6 +178,7 @@ class ResNet(nn.Module):
     features: Sequence[int]
     num_classes: int
     unit: ModuleFactory = BasicUnit
+    final_activation: str = ""
     stem: ModuleFactory = Stem
     stem_features: int = 16
     survival_probability: float = 1.0
@@ -215,18 +225,26 @@ class ResNet(nn.Module):
             )
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-        unit = partial(self.unit, conv=make_conv, norm=make_norm)
+        unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
 
         x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
         start = 0
         for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
             stage = Stage(
-                unit, size, features, min(i + 1, 2), self.remat, self.unroll, name=f"stage{i + 1}"
+                unit,
+                size,
+                features,
+                strides=min(i + 1, 2),
+                activated=i == 0 and bool(self.final_activation),
+                remat=self.remat,
+                unroll=self.unroll,
+                name=f"stage{i + 1}",
             )
             x = stage(x, None if gates is None else gates[start : start + size])
             outputs[f"stage{i + 1}"] = x
             start += size
+        x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         outputs["pooled"] = x
         if self.num_classes:

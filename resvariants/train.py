@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct, traverse_util
+from jax import lax
 
 from resvariants.errors import InputError, check_choice
 
@@ -67,7 +68,10 @@ def train_step(
       The state after, and float metrics `loss`, `error` (share of wrong labels) and
       `gradient_norm`, all of the batch before the update.
     """
+    # The key depends on the step alone: all devices must agree on which units to skip. What is
+    # dropped inside a unit is each device's own.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    dropout_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
     def loss_fn(params):
         logits, updates = model.apply(
@@ -75,8 +79,7 @@ def train_step(
             batch["image"],
             train=True,
             mutable=["batch_stats"],
-            # The key depends on the step alone: all devices must agree on which units to skip.
-            rngs={"stochastic_depth": key},
+            rngs={"stochastic_depth": key, "dropout": dropout_key},
         )
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
         targets = optax.smooth_labels(targets, label_smoothing)
@@ -86,7 +89,7 @@ def train_step(
     (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
-        grads, stats, loss, error = jax.lax.pmean((grads, stats, loss, error), axis_name)
+        grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "error": error, "gradient_norm": optax.tree.norm(grads)}

@@ -8,11 +8,14 @@ from functools import partial
 from flax import linen as nn
 
 from resvariants.blocks import (
+    PLACEMENTS,
+    WEIGHTS,
     Unit,
     basic_branch,
     bottleneck_branch,
     plain_merge,
     residual_merge,
+    single_branch,
 )
 from resvariants.errors import InputError, choose, nearest
 from resvariants.layers import SHORTCUTS
@@ -27,15 +30,24 @@ def cifar_resnet(
     num_classes: int = 10,
     *,
     bottleneck: bool = False,
+    one_layer_skip: bool = False,
     plain: bool = False,
     shortcut: str | None = None,
+    placement: str = "original",
+    weights: str | None = None,
+    share_preactivation: bool | None = None,
     **options,
 ) -> ResNet:
-    """A network for 32x32 images, three stages of n units (He et al. 2015, 4.2).
+    """A network for 32x32 images, three stages of n units (He et al. 2015, 4.2; 2016, appendix).
 
     Args:
       depth: weighted layers: 6n+2 with basic units, 9n+2 with bottlenecks.
+      one_layer_skip: 2n units of one convolution a stage instead of n units of two.
       plain: without shortcuts.
+      placement, weights: keys of `blocks.PLACEMENTS` and `blocks.WEIGHTS`.
+      share_preactivation: whether shortcuts of units that change shape start from the unit's
+        pre-activation. None: projections do, option A starts from the unit's input, as the 2016
+        paper's text has it (fb.resnet.torch shares with option A, too).
       shortcut: a key of `layers.SHORTCUTS`; None is the paper's choice: A for basic units, B for
         bottlenecks (He et al. 2016).
       options: further attributes of `ResNet`.
@@ -55,17 +67,26 @@ def cifar_resnet(
         )
     widths = (64, 128, 256) if bottleneck else (16, 32, 64)
     branch = bottleneck_branch if bottleneck else basic_branch
-    unit = _unit(branch, plain, shortcut or ("B" if bottleneck else "A"))
-    return ResNet((n, n, n), widths, num_classes, unit, **options)
+    if one_layer_skip:
+        branch, n = single_branch, 2 * n
+    shortcut = shortcut or ("B" if bottleneck else "A")
+    unit = _unit(branch, plain, shortcut, placement, weights, share_preactivation)
+    final = PLACEMENTS[placement].before
+    return ResNet((n, n, n), widths, num_classes, unit, final, **options)
 
 
-def _unit(branch, plain, shortcut):
+def _unit(branch, plain, shortcut, placement="original", weights=None, share_preactivation=None):
+    if share_preactivation is None:
+        share_preactivation = not shortcut.startswith("A")
     # A plain unit has no parameters besides its branch: where a gate skips it, option A stands in.
     return partial(
         Unit,
         branch=branch,
         merge=plain_merge if plain else residual_merge,
         shortcut=choose("shortcut", "A" if plain else shortcut, SHORTCUTS),
+        placement=choose("placement", placement, PLACEMENTS),
+        weights=None if weights is None else choose("weights", weights, WEIGHTS),
+        share_preactivation=share_preactivation,
     )
 
 
@@ -77,6 +98,7 @@ def imagenet_resnet(
     plain: bool = False,
     shortcut: str = "B",
     strided_conv: int = 1,
+    placement: str = "original",
     **options,
 ) -> ResNet:
     """A network for 224x224 images (He et al. 2015, table 1).
@@ -85,15 +107,23 @@ def imagenet_resnet(
       stage_sizes: units per stage.
       strided_conv: which convolution of a bottleneck has the stride (see `bottleneck_branch`).
       shortcut: a key of `layers.SHORTCUTS`.
+      placement: a key of `blocks.PLACEMENTS`.
       options: further attributes of `ResNet`.
     """
     branch = basic_branch
     if bottleneck:
         branch = partial(bottleneck_branch, strided_conv=strided_conv)
     widths = tuple((256 if bottleneck else 64) * 2**i for i in range(len(stage_sizes)))
-    unit = _unit(branch, plain, shortcut)
+    unit = _unit(branch, plain, shortcut, placement)
     return ResNet(
-        stage_sizes, widths, num_classes, unit, stem=ImageNetStem, stem_features=64, **options
+        stage_sizes,
+        widths,
+        num_classes,
+        unit,
+        PLACEMENTS[placement].before,
+        stem=ImageNetStem,
+        stem_features=64,
+        **options,
     )
 
 
@@ -108,32 +138,48 @@ class Entry:
 
 
 def _zoo() -> dict[str, Entry]:
-    he2015 = "He et al. 2015"
+    he2015, he2016 = "He et al. 2015", "He et al. 2016"
     zoo = {}
 
     def cifar(name, paper, depth, **options):
         zoo[name] = Entry(partial(cifar_resnet, depth, **options), CIFAR, 10, paper)
 
-    def imagenet(name, *stage_sizes, **options):
+    def imagenet(name, *stage_sizes, paper=he2015, **options):
         build = partial(imagenet_resnet, stage_sizes, **options)
-        zoo[name] = Entry(build, IMAGENET, 1000, he2015)
+        zoo[name] = Entry(build, IMAGENET, 1000, paper)
 
     for depth in (20, 32, 44, 56, 110, 1202):
         cifar(f"resnet{depth}", he2015, depth)
         cifar(f"resnet{depth}_b", he2015, depth, shortcut="B")
-    cifar("resnet110_c", "He et al. 2016", 110, shortcut="C")
+    cifar("resnet110_c", he2016, 110, shortcut="C")
     for depth in (20, 32, 44, 56, 110):
         cifar(f"plain{depth}", he2015, depth, plain=True)
     cifar("cifar_resnet152", "Huang et al. 2016", 152, shortcut="A_average")
     for depth in (164, 1001):
-        cifar(f"resnet{depth}", "He et al. 2016", depth, bottleneck=True)
+        cifar(f"resnet{depth}", he2016, depth, bottleneck=True)
+    cifar("resnet110_one_layer_skip", he2016, 110, one_layer_skip=True)
+    preactivated = {"placement": "full_preactivation"}
+    cifar("preact_resnet110", he2016, 110, **preactivated)
+    cifar("preact_resnet110_one_layer_skip", he2016, 110, one_layer_skip=True, **preactivated)
+    for depth in (164, 1001):
+        cifar(f"preact_resnet{depth}", he2016, depth, bottleneck=True, **preactivated)
+    for placement in ("norm_after_addition", "relu_before_addition", "relu_only_preactivation"):
+        cifar(f"resnet110_{placement}", he2016, 110, placement=placement)
+        cifar(f"resnet164_{placement}", he2016, 164, bottleneck=True, placement=placement)
+    for weights in WEIGHTS:
+        cifar(f"resnet110_{weights}", he2016, 110, weights=weights)
     for depth, sizes in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):
         imagenet(f"resnet{depth}", *sizes)
         imagenet(f"resnet{depth}_a", *sizes, shortcut="A")
         imagenet(f"resnet{depth}_c", *sizes, shortcut="C")
         imagenet(f"plain{depth}", *sizes, plain=True)
+        imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, **preactivated)
+    # Pre-activated ones follow fb.resnet.torch, which the 2016 paper's release builds on.
+    strided = {"strided_conv": 2, **preactivated}
     for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
         imagenet(f"resnet{depth}", *sizes, bottleneck=True)
+        imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, bottleneck=True, **strided)
+    imagenet("preact_resnet200", 3, 24, 36, 3, paper=he2016, bottleneck=True, **strided)
     return zoo
 
 
@@ -148,22 +194,26 @@ def list_models() -> list[str]:
 def find(name: str) -> Entry:
     """The entry called `name`, or a CIFAR net of a depth outside the papers.
 
-    `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2) and, where the
-    short name is an ImageNet net's, `cifar_resnet50`.
+    `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2), the same after
+    `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`.
 
     Raises:
       InputError: no such name, or no such depth.
     """
     if name in ZOO:
         return ZOO[name]
-    match = re.fullmatch(r"(?:cifar_)?(resnet|plain)(\d+)(_bottleneck)?", name)
+    match = re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name)
     if match is None:
         raise InputError(
             f"unknown model {name!r}; nearest: {nearest(name, ZOO)} (all: python -m resvariants)"
         )
-    kind, depth, bottleneck = match.groups()
+    preactivated, kind, depth, bottleneck = match.groups()
     build = partial(
-        cifar_resnet, int(depth), plain=kind == "plain", bottleneck=bottleneck is not None
+        cifar_resnet,
+        int(depth),
+        plain=kind == "plain",
+        bottleneck=bottleneck is not None,
+        placement="full_preactivation" if preactivated else "original",
     )
     try:
         build()

@@ -198,7 +198,8 @@ OURS = {
 }
 WARMED_UP = (
     "resnet110", "resnet110_b", "resnet110_c", "plain110", "resnet164", "resnet1001",
-    "resnet1202", "resnet1202_b",
+    "resnet1202", "resnet1202_b", "resnet110_exclusive_gating", "preact_resnet110",
+    "preact_resnet20",
 )  # fmt: skip
 NOT_WARMED_UP = (
     "resnet8", "resnet20", "resnet20_b", "resnet56", "plain20", "plain56", "cifar_resnet152",

@@ -30,6 +30,22 @@ CIFAR_PARAMETERS = {
     "resnet110_c": 1_826_202,
     "resnet164": 1_704_154,
     "resnet1001": 10_328_602,
+    # The placements and shortcuts of He et al. 2016 have the parameters of the net they vary.
+    "resnet110_one_layer_skip": 1_727_962,
+    "preact_resnet110": 1_727_962,
+    "preact_resnet110_one_layer_skip": 1_727_962,
+    "resnet110_norm_after_addition": 1_727_962,
+    "resnet110_relu_before_addition": 1_727_962,
+    "resnet110_relu_only_preactivation": 1_727_962,
+    "resnet164_norm_after_addition": 1_704_154,
+    "resnet164_relu_before_addition": 1_704_154,
+    "resnet164_relu_only_preactivation": 1_704_154,
+    "resnet110_constant_scaling": 1_727_962,
+    "resnet110_dropout": 1_727_962,
+    "resnet110_exclusive_gating": 1_824_186,
+    "resnet110_shortcut_only_gating": 1_824_186,
+    "preact_resnet164": 1_703_258,
+    "preact_resnet1001": 10_327_706,
 }
 # Table 1 of He et al. 2015, 1000 classes; plain nets have as many as option A.
 IMAGENET_PARAMETERS = {
@@ -44,6 +60,12 @@ IMAGENET_PARAMETERS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "preact_resnet18": 11_687_720,
+    "preact_resnet34": 21_795_880,
+    "preact_resnet50": 25_549_352,
+    "preact_resnet101": 44_541_480,
+    "preact_resnet152": 60_185_128,
+    "preact_resnet200": 64_666_152,
 }
 PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS
 

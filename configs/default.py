@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     model.unroll = placeholder(int)
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
+    model.survival_draw = "batch"  # batch: one draw for all its images; example: drop path
 
     dataset = config.dataset = ConfigDict()
     dataset.name = "digits"  # digits, cifar10, cifar100, svhn, svhn_extra, fashion_mnist

@@ -2,6 +2,7 @@
 
 from resvariants.blocks import BasicUnit, BottleneckUnit, PlainUnit, Unit
 from resvariants.errors import InputError
+from resvariants.gates import StochasticDepth
 from resvariants.layers import batch_norm
 from resvariants.resnet import ResNet
 from resvariants.zoo import create_model, list_models
@@ -12,6 +13,7 @@ __all__ = [
     "InputError",
     "PlainUnit",
     "ResNet",
+    "StochasticDepth",
     "Unit",
     "batch_norm",
     "create_model",

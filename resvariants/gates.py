@@ -53,9 +53,66 @@ def survival_probabilities(schedule: str, num_units: int, final: float) -> jax.A
     Raises:
       InputError: unknown schedule, or `final` outside (0, 1].
     """
-    if not 0 < final <= 1:
-        raise InputError(
-            f"survival probability {final} is outside (0, 1]: it is the chance that the last unit"
-            " is kept (0.5 in the paper, 1 for constant depth)"
-        )
+    check_survival(final)
     return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_units, final)
+
+
+def check_survival(probability: float) -> None:
+    """Raises InputError if `probability` is outside (0, 1]."""
+    if not 0 < probability <= 1:
+        raise InputError(
+            f"survival probability {probability} is outside (0, 1]: it is the chance that the last"
+            " unit is kept (0.5 in the paper, 1 for constant depth)"
+        )
+
+
+def draw_for_examples(key: jax.Array, survival: jax.Array, batch: int) -> jax.Array:
+    """Float gates that drop units for each example by itself and rescale what stays by 1 / p.
+
+    Not what Huang et al. 2016 do (one draw for a batch, and residuals scaled in evaluation), but
+    what many libraries mean by stochastic depth, also called drop path.
+
+    Args:
+      survival: probabilities, shape (num_units,).
+
+    Returns:
+      0 or 1 / p, shape (num_units, batch, 1, 1, 1).
+    """
+    survival = survival.reshape(-1, 1, 1, 1, 1)
+    return jax.random.bernoulli(key, survival, (len(survival), batch, 1, 1, 1)) / survival
+
+
+class StochasticDepth(nn.Module):
+    """Somebody's own residual branch, dropped at random while training (Huang et al. 2016).
+
+    `x + StochasticDepth(branch, 0.8)(x, train=train)`. Each batch's draw, from the rng stream
+    `stochastic_depth`, keeps or skips the whole branch: when skipped, its work is saved and its
+    variables stay put. In evaluation the branch is scaled by its survival probability.
+
+    Attributes:
+      branch: a module whose output has the shape and dtype of its first argument.
+      survival_probability: in (0, 1].
+    """
+
+    branch: nn.Module
+    survival_probability: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *args, train: bool, **kwargs) -> jax.Array:
+        """The branch's output for `x` and whatever else it takes, or zeros.
+
+        Raises:
+          InputError: survival probability outside (0, 1].
+        """
+        check_survival(self.survival_probability)
+        gate = None
+        if self.survival_probability < 1 and not self.is_initializing():
+            gate = jnp.asarray(self.survival_probability)
+            if train:
+                gate = jax.random.bernoulli(self.make_rng("stochastic_depth"), gate)
+
+        def on(module, gate, x):
+            y = module.branch(x, *args, **kwargs)
+            return y if gate is None else gate * y
+
+        return apply_gate(self, on, lambda module, x: jnp.zeros_like(x), gate, x)

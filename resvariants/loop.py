@@ -119,6 +119,7 @@ def set_up(config: ConfigDict) -> Setup:
         unroll=True if options.unroll == 0 else options.unroll,
         survival_probability=options.survival_probability,
         survival_schedule=options.survival_schedule,
+        survival_draw=options.survival_draw,
         axis_name=parallel.bn_axis_name,
     )
     # Raises whatever the model has against its options.

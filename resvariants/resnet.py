@@ -18,7 +18,7 @@ from jax import lax
 
 from resvariants.blocks import BasicUnit
 from resvariants.errors import InputError, check_choice
-from resvariants.gates import survival_probabilities
+from resvariants.gates import draw_for_examples, survival_probabilities
 from resvariants.layers import ModuleFactory, activate, batch_norm, conv, max_pool
 
 REMAT = ("none", "block", "sqrt")
@@ -165,7 +165,9 @@ class ResNet(nn.Module):
       stem_features: channels of the stem.
       survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
         unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
-        training (one draw per batch) and residuals scaled by their probability in evaluation.
+        training and residuals scaled by their probability in evaluation.
+      survival_draw: "batch": one draw for all examples, as in the paper; "example": another
+        convention (see `gates.draw_for_examples`), drawn from the rng stream `dropout`.
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
         rest; "sqrt": keep only every sqrt(n)-th of a stage's n inputs, and recompute twice.
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
@@ -183,6 +185,7 @@ class ResNet(nn.Module):
     stem_features: int = 16
     survival_probability: float = 1.0
     survival_schedule: str = "linear"
+    survival_draw: str = "batch"
     remat: str = "none"
     unroll: int | bool | None = None
     dtype: Any = None
@@ -217,12 +220,15 @@ class ResNet(nn.Module):
           InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
         """
         check_choice("remat", self.remat, REMAT)
-        gates = self._stochastic_depth_gates(train) if gates is None else jnp.asarray(gates)
-        if gates is not None and gates.shape != (self.num_units,):
-            raise InputError(
-                f"gates of shape {gates.shape}: this network has {self.num_units} units and"
-                f" takes shape ({self.num_units},)"
-            )
+        if gates is None:
+            gates = self._stochastic_depth_gates(train, len(images))
+        else:
+            gates = jnp.asarray(gates)
+            if gates.shape != (self.num_units,):
+                raise InputError(
+                    f"gates of shape {gates.shape}: this network has {self.num_units} units and"
+                    f" takes shape ({self.num_units},)"
+                )
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
         unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
@@ -252,12 +258,15 @@ class ResNet(nn.Module):
             outputs["logits"] = x
         return outputs if return_features else x
 
-    def _stochastic_depth_gates(self, train):
+    def _stochastic_depth_gates(self, train, batch):
+        check_choice("survival_draw", self.survival_draw, ("batch", "example"))
         survival = survival_probabilities(
             self.survival_schedule, self.num_units, self.survival_probability
         )
         if self.survival_probability == 1 or self.is_initializing():
             return None
+        if self.survival_draw == "example":
+            return draw_for_examples(self.make_rng("dropout"), survival, batch) if train else None
         if not train:
             return survival
         return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)

@@ -1,13 +1,16 @@
 """Stochastic depth: schedules, draws, and what a dropped unit leaves alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from test_resnet import TINY, images, random_variables
 
-from resvariants import BasicUnit, InputError, batch_norm, create_model
-from resvariants.gates import linear_decay, survival_probabilities, uniform
+from resvariants import BasicUnit, InputError, StochasticDepth, batch_norm, create_model
+from resvariants.gates import draw_for_examples, linear_decay, survival_probabilities, uniform
 
 
 def test_linear_decay_is_equation_4():
@@ -133,3 +136,91 @@ def test_gates_may_be_given_at_initialisation_as_lists_and_as_python_numbers():
     variables = unit.init(jax.random.key(0), x, jnp.array(False))
     halves = [unit.apply(variables, x, gate) for gate in (0.5, jnp.float32(0.5))]
     np.testing.assert_array_equal(*halves)
+
+
+def test_the_other_convention_drops_examples_one_by_one_and_rescales_in_training():
+    options = {"survival_probability": 0.5, "survival_schedule": "uniform"}
+    model = create_model("resnet8", survival_draw="example", **options)
+    constant = create_model("resnet8")
+    variables, x = random_variables(model, TINY), images(64, *TINY)
+    # In evaluation every unit is whole.
+    np.testing.assert_array_equal(
+        model.apply(variables, x, train=False), constant.apply(variables, x, train=False)
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def first_stage(model, **options):
+        settings = {"train": True, "mutable": ["batch_stats"], "return_features": True}
+        return model.apply(variables, x, **settings, **options)[0]["stage1"]
+
+    dropped, doubled = (first_stage(constant, gates=jnp.full(3, g)) for g in (0.0, 2.0))
+    counts = []
+    for key in jax.random.split(jax.random.key(0), 3):
+        y = first_stage(model, rngs={"dropout": key})
+        is_dropped, is_doubled = (
+            np.all(np.isclose(y, other, atol=1e-5), axis=(1, 2, 3)) for other in (dropped, doubled)
+        )
+        assert np.all(is_dropped ^ is_doubled)
+        counts.append(is_dropped.sum())
+    assert all(15 < count < 49 for count in counts) and len(set(counts)) > 1
+
+
+def test_rescaled_gates_are_one_on_average():
+    survival = linear_decay(9)
+    gates = np.asarray(draw_for_examples(jax.random.key(0), survival, 4000))
+    assert gates.shape == (9, 4000, 1, 1, 1)
+    for gate, p in zip(gates, np.asarray(survival, float), strict=True):
+        np.testing.assert_allclose(np.unique(gate), [0, 1 / p], rtol=1e-6)
+        assert gate.mean() == pytest.approx(1, abs=5 * np.sqrt((1 - p) / p / 4000))
+
+
+class Branch(nn.Module):
+    """Scales, and counts how often it ran."""
+
+    @nn.compact
+    def __call__(self, x, offset=0.0):
+        count = self.variable("batch_stats", "count", jnp.zeros, ())
+        if not self.is_initializing():
+            count.value += 1
+        return x * self.param("scale", nn.initializers.ones, ()) + offset
+
+
+def test_anybodys_branch_is_skipped_for_the_whole_batch():
+    model, x = StochasticDepth(Branch(), 0.75), images(5, 3)
+    variables = model.init(jax.random.key(0), x, train=False)
+
+    @jax.jit
+    def run(key):
+        def loss(params):
+            tree = {**variables, "params": params}
+            y, updates = model.apply(
+                tree, x, 2.0, train=True, mutable=["batch_stats"],
+                rngs={"stochastic_depth": key},
+            )  # fmt: skip
+            return y.sum(), (y, updates["batch_stats"]["branch"]["count"])
+
+        grads, outputs = jax.grad(loss, has_aux=True)(variables["params"])
+        return *outputs, grads["branch"]["scale"]
+
+    kept = 0
+    for key in jax.random.split(jax.random.key(1), 200):
+        y, count, slope = run(key)
+        kept += int(count)
+        np.testing.assert_allclose(y, count * (x + 2.0), rtol=1e-6)
+        np.testing.assert_allclose(slope, count * x.sum(), rtol=1e-5)
+    assert 130 < kept < 170  # 150 expected, 6.1 the standard deviation
+    np.testing.assert_allclose(
+        model.apply(variables, x, offset=2.0, train=False, mutable=["batch_stats"])[0],
+        0.75 * (x + 2.0),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("probability", [0.0, -0.1, 1.01])
+def test_a_wrapper_outside_the_unit_interval_is_refused(probability):
+    with pytest.raises(InputError, match=r"outside \(0, 1\]"):
+        StochasticDepth(Branch(), probability).init(jax.random.key(0), jnp.ones(3), train=False)
+    with pytest.raises(InputError, match="unknown survival_draw 'image'; allowed: batch, example"):
+        create_model("resnet8", survival_draw="image").init(
+            jax.random.key(0), images(1, *TINY), train=False
+        )

@@ -2,8 +2,8 @@
 
 A unit is a branch F, a shortcut S and a way to merge them under a gate g, with activations where
 its placement puts them. Branches are functions `(x, features, strides, conv, activate) -> residual`
-called inside a unit: convolutions with `activate(x)`, BN-ReLU, between them. Named units are
-partials: `BasicUnit(features=64, strides=2, norm=batch_norm(train))(x)`.
+called inside a unit: convolutions with `activate(x)`, BN-ReLU, between them (of several paths: of
+a list). Named units are partials: `BasicUnit(features=64, strides=2, norm=batch_norm(train))(x)`.
 """
 
 from collections.abc import Callable
@@ -192,7 +192,11 @@ class Unit(nn.Module):
         numbers = count(2 if "norm" in self.placement.before else 1)
 
         def between(x):
-            return activate(x, "norm relu", partial(self.norm, name=f"norm{next(numbers)}"))
+            name = f"norm{next(numbers)}"
+            if not isinstance(x, list):
+                return activate(x, "norm relu", partial(self.norm, name=name))
+            named = ((path, partial(self.norm, name=f"{name}_{i}")) for i, path in enumerate(x, 1))
+            return [activate(path, "norm relu", norm) for path, norm in named]
 
         x = self.branch(x, self.features, self.strides, self.conv, between)
         return activate(x, self.placement.after, partial(self.norm, name=f"norm{next(numbers)}"))

@@ -13,6 +13,7 @@ class Reported(NamedTuple):
 _HE2015 = "He et al. 2015, table 6"
 _HE2016 = "He et al. 2016, median of five runs"
 _HUANG2016 = "Huang et al. 2016"
+_XIE2016 = "Xie et al. 2016, mean of ten runs"
 
 # (data set, model, survival probability of the last unit) -> test error. CIFAR with augmentation.
 TEST_ERRORS = {
@@ -47,6 +48,10 @@ TEST_ERRORS = {
     ("cifar100", "preact_resnet1001", 1.0): Reported(22.71, _HE2016),
     ("cifar100", "resnet110", 1.0): Reported(27.76, _HUANG2016),
     ("cifar100", "resnet110", 0.5): Reported(24.98, _HUANG2016),
+    ("cifar10", "resnext29_8x64d", 1.0): Reported(3.65, _XIE2016),
+    ("cifar10", "resnext29_16x64d", 1.0): Reported(3.58, _XIE2016),
+    ("cifar100", "resnext29_8x64d", 1.0): Reported(17.77, _XIE2016),
+    ("cifar100", "resnext29_16x64d", 1.0): Reported(17.31, _XIE2016),
     ("svhn_extra", "cifar_resnet152", 1.0): Reported(1.80, _HUANG2016),
     ("svhn_extra", "cifar_resnet152", 0.5): Reported(1.75, _HUANG2016),
 }

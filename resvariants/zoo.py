@@ -17,12 +17,17 @@ from resvariants.blocks import (
     residual_merge,
     single_branch,
 )
-from resvariants.errors import InputError, choose, nearest
+from resvariants.errors import InputError, check_choice, choose, nearest
 from resvariants.layers import SHORTCUTS
 from resvariants.resnet import ImageNetStem, ResNet
+from resvariants.resnext import FORMS, aggregated_branch
 
 CIFAR = (32, 32, 3)
 IMAGENET = (224, 224, 3)
+
+# He et al. 2015, table 1: units per stage of ImageNet nets, by depth.
+BASIC_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+BOTTLENECK_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def cifar_resnet(
@@ -55,16 +60,7 @@ def cifar_resnet(
     Raises:
       InputError: no whole number of units gives this depth.
     """
-    layers = 9 if bottleneck else 6
-    n, rest = divmod(depth - 2, layers)
-    if rest or n < 1:
-        near = max(n, 1)
-        options_text = " or ".join(f"{layers * k + 2} (n={k})" for k in (near, near + 1))
-        kind = "bottleneck" if bottleneck else "two-convolution"
-        raise InputError(
-            f"depth {depth} is not {layers}n+2, as three stages of n {kind} units have it; the"
-            f" nearest depths are {options_text}"
-        )
+    n = _units_per_stage(depth, 9 if bottleneck else 6)
     widths = (64, 128, 256) if bottleneck else (16, 32, 64)
     branch = bottleneck_branch if bottleneck else basic_branch
     if one_layer_skip:
@@ -73,6 +69,19 @@ def cifar_resnet(
     unit = _unit(branch, plain, shortcut, placement, weights, share_preactivation)
     final = PLACEMENTS[placement].before
     return ResNet((n, n, n), widths, num_classes, unit, final, **options)
+
+
+def _units_per_stage(depth, layers):
+    n, rest = divmod(depth - 2, layers)
+    if rest or n < 1:
+        near = max(n, 1)
+        options_text = " or ".join(f"{layers * k + 2} (n={k})" for k in (near, near + 1))
+        kind = "bottleneck" if layers == 9 else "two-convolution"
+        raise InputError(
+            f"depth {depth} is not {layers}n+2, as three stages of n {kind} units have it; the"
+            f" nearest depths are {options_text}"
+        )
+    return n
 
 
 def _unit(branch, plain, shortcut, placement="original", weights=None, share_preactivation=None):
@@ -127,6 +136,45 @@ def imagenet_resnet(
     )
 
 
+def resnext(
+    stage_sizes: tuple[int, ...],
+    num_classes: int = 1000,
+    *,
+    cardinality: int,
+    base_width: int,
+    form: str = "c",
+    shortcut: str = "B",
+    placement: str = "original",
+    **options,
+) -> ResNet:
+    """Stages of aggregated bottlenecks 256, 512, ... wide (Xie et al. 2016, table 1, section 5.3).
+
+    Args:
+      stage_sizes: units per stage; three stages for CIFAR, four for ImageNet.
+      cardinality, base_width: C and d: paths, and each one's inner channels in the first stage.
+      form: "a", "b" or "c" (see `resvariants.resnext`).
+      options: further attributes of `ResNet`, such as `stem=ImageNetStem`.
+
+    Raises:
+      InputError: unknown form, shortcut or placement.
+    """
+    check_choice("ResNeXt form", form, FORMS)
+    branch = partial(aggregated_branch, cardinality=cardinality, base_width=base_width, form=form)
+    unit = _unit(branch, False, shortcut, placement)
+    widths = tuple(256 * 2**i for i in range(len(stage_sizes)))
+    final = PLACEMENTS[placement].before
+    return ResNet(stage_sizes, widths, num_classes, unit, final, stem_features=64, **options)
+
+
+def _resnext_entry(depth, cardinality, base_width):
+    paths = {"cardinality": cardinality, "base_width": base_width}
+    if depth in BOTTLENECK_STAGES:
+        build = partial(resnext, BOTTLENECK_STAGES[depth], stem=ImageNetStem, **paths)
+        return Entry(build, IMAGENET, 1000, "Xie et al. 2016")
+    n = _units_per_stage(depth, 9)
+    return Entry(partial(resnext, (n, n, n), **paths), CIFAR, 10, "Xie et al. 2016")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One named network: how to build it, the images it was made for, and where it is described."""
@@ -168,7 +216,7 @@ def _zoo() -> dict[str, Entry]:
         cifar(f"resnet164_{placement}", he2016, 164, bottleneck=True, placement=placement)
     for weights in WEIGHTS:
         cifar(f"resnet110_{weights}", he2016, 110, weights=weights)
-    for depth, sizes in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):
+    for depth, sizes in BASIC_STAGES.items():
         imagenet(f"resnet{depth}", *sizes)
         imagenet(f"resnet{depth}_a", *sizes, shortcut="A")
         imagenet(f"resnet{depth}_c", *sizes, shortcut="C")
@@ -176,10 +224,17 @@ def _zoo() -> dict[str, Entry]:
         imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, **preactivated)
     # Pre-activated ones follow fb.resnet.torch, which the 2016 paper's release builds on.
     strided = {"strided_conv": 2, **preactivated}
-    for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
+    for depth, sizes in BOTTLENECK_STAGES.items():
         imagenet(f"resnet{depth}", *sizes, bottleneck=True)
         imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, bottleneck=True, **strided)
     imagenet("preact_resnet200", 3, 24, 36, 3, paper=he2016, bottleneck=True, **strided)
+    for depth, cardinality, base_width in (
+        *((29, c, d) for c, d in ((8, 64), (16, 64), (1, 64), (32, 4))),
+        *((50, c, d) for c, d in ((32, 4), (2, 40), (4, 24), (8, 14))),
+        *((101, c, d) for c, d in ((32, 4), (64, 4), (2, 64), (1, 100))),
+    ):
+        name = f"resnext{depth}_{cardinality}x{base_width}d"
+        zoo[name] = _resnext_entry(depth, cardinality, base_width)
     return zoo
 
 
@@ -195,31 +250,35 @@ def find(name: str) -> Entry:
     """The entry called `name`, or a CIFAR net of a depth outside the papers.
 
     `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2), the same after
-    `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`.
+    `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`;
+    `resnext29_4x32d` (9n+2 layers for CIFAR; 50, 101 or 152 for ImageNet).
 
     Raises:
       InputError: no such name, or no such depth.
     """
     if name in ZOO:
         return ZOO[name]
+    aggregated = re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d", name)
     match = re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name)
-    if match is None:
-        raise InputError(
-            f"unknown model {name!r}; nearest: {nearest(name, ZOO)} (all: python -m resvariants)"
-        )
-    preactivated, kind, depth, bottleneck = match.groups()
-    build = partial(
-        cifar_resnet,
-        int(depth),
-        plain=kind == "plain",
-        bottleneck=bottleneck is not None,
-        placement="full_preactivation" if preactivated else "original",
-    )
     try:
+        if aggregated is not None:
+            return _resnext_entry(*map(int, aggregated.groups()))
+        if match is None:
+            raise InputError("no such family")
+        preactivated, kind, depth, bottleneck = match.groups()
+        build = partial(
+            cifar_resnet,
+            int(depth),
+            plain=kind == "plain",
+            bottleneck=bottleneck is not None,
+            placement="full_preactivation" if preactivated else "original",
+        )
         build()
     except InputError as error:
+        why = "" if match is None and aggregated is None else f" {error};"
         raise InputError(
-            f"unknown model {name!r}: {error}; nearest names: {nearest(name, ZOO)}"
+            f"unknown model {name!r}:{why} nearest: {nearest(name, ZOO)} (all: python -m"
+            " resvariants)"
         ) from None
     return Entry(build, CIFAR, 10, "He et al. 2015, another depth")
 

@@ -241,6 +241,17 @@ def test_another_name_of_a_net_gets_the_same_recipe():
         assert recipes[0].schedule == recipes[1].schedule
 
 
+@pytest.mark.parametrize("name", OF_CIFAR)
+def test_resnext_has_its_own_recipe(name):
+    config = module(name).get_config("resnext29_8x64d")
+    assert config.optimizer.weight_decay == 5e-4 and config.optimizer.nesterov
+    rate, length = train.make_schedule(config.schedule, 391.0)
+    assert length == 300 * 391
+    steps = [0, 150 * 391 - 1, 150 * 391, 225 * 391 - 1, 225 * 391]
+    rates = [rate(step) for step in steps]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6)
+
+
 def test_svhn_falls_after_epochs_30_and_35_of_50():
     per_epoch = (73_257 + 531_131 - 6_000) / 128
     rate, length = train.make_schedule(module("svhn").get_config().schedule, per_epoch)

@@ -67,7 +67,22 @@ IMAGENET_PARAMETERS = {
     "preact_resnet152": 60_185_128,
     "preact_resnet200": 64_666_152,
 }
-PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS
+# Xie et al. 2016; the first row's nets are for CIFAR.
+RESNEXT_PARAMETERS = {
+    "resnext29_8x64d": 34_426_698,
+    "resnext29_16x64d": 68_155_210,
+    "resnext29_1x64d": 4_914_250,
+    "resnext29_32x4d": 4_775_754,
+    "resnext50_32x4d": 25_028_904,
+    "resnext50_2x40d": 25_425_000,
+    "resnext50_4x24d": 25_292_968,
+    "resnext50_8x14d": 25_603_016,
+    "resnext101_32x4d": 44_177_704,
+    "resnext101_64x4d": 83_455_272,
+    "resnext101_2x64d": 84_198_184,
+    "resnext101_1x100d": 85_611_336,
+}
+PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS | RESNEXT_PARAMETERS
 
 
 def test_the_table_names_every_model():

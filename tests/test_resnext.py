@@ -1,0 +1,123 @@
+"""ResNeXt: three forms of one function, and the grouped form against NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from test_resnet import check_tree, images, random_variables
+
+from resvariants import InputError, Unit, batch_norm, create_model
+from resvariants.layers import projection_shortcut
+from resvariants.resnext import aggregated_branch, convert_form
+from resvariants.zoo import resnext
+
+TINY = (8, 8, 3)
+
+
+def small(form, **options):
+    """Two stages of two units, 256 and 512 wide, four paths of two (four) channels."""
+    return resnext((2, 2), 10, cardinality=4, base_width=2, form=form, **options)
+
+
+@pytest.fixture(scope="module")
+def in_form_c():
+    return random_variables(small("c"), TINY), images(3, *TINY)
+
+
+@pytest.mark.parametrize("form", ["a", "b"])
+def test_the_forms_compute_the_same_function_and_gradients(form, in_form_c):
+    variables, x = in_form_c
+    converted = convert_form(variables, "c", form, 4)
+    expected_tree = jax.eval_shape(partial(small(form).init, train=False), jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, expected_tree)
+
+    def run(form, variables):
+        def loss(params):
+            tree = {"params": params, "batch_stats": variables["batch_stats"]}
+            y, updates = small(form).apply(tree, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(y**2), (y, updates["batch_stats"])
+
+        grads, (y, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        return {"params": grads, "batch_stats": stats}, y
+
+    ours, y = run(form, converted)
+    theirs, expected = run("c", variables)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    back = convert_form(ours, form, "c", 4)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    check_tree(back, theirs, atol=1e-5 * scale)
+
+
+def test_conversion_there_and_back_changes_nothing(in_form_c):
+    variables, _ = in_form_c
+    for form in "abc":
+        for other in "abc":
+            there = convert_form(convert_form(variables, "c", form, 4), form, other, 4)
+            back = convert_form(there, other, "c", 4)
+            jax.tree.map(np.testing.assert_array_equal, back, dict(variables))
+
+
+def test_one_collection_of_one_unit_converts_too():
+    unit = Unit(
+        256,
+        batch_norm(train=False),
+        branch=partial(aggregated_branch, cardinality=4, base_width=2),
+        shortcut=projection_shortcut,
+    )
+    params = unit.init(jax.random.key(0), images(1, 4, 4, 64))["params"]
+    paths = convert_form(params, "c", "a", 4)
+    kernel = params["conv2"]["kernel"]
+    assert kernel.shape == (3, 3, 2, 8)
+    np.testing.assert_array_equal(paths["conv2_2"]["kernel"], kernel[..., 2:4])
+    np.testing.assert_array_equal(paths["conv3_4"]["kernel"], params["conv3"]["kernel"][:, :, 6:])
+    np.testing.assert_array_equal(
+        paths["shortcut_conv"]["kernel"], params["shortcut_conv"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_grouped_unit_is_the_papers(strides):
+    """Template of table 1: 1x1 of C d, 3x3 in C groups with the stride, 1x1; projection."""
+    unit = Unit(
+        512,
+        batch_norm(train=False),
+        strides,
+        branch=partial(aggregated_branch, cardinality=4, base_width=3),
+        shortcut=projection_shortcut,
+    )
+    x = images(2, 7, 7, 5)
+    variables = unit.init(jax.random.key(0), x)
+    y = unit.apply(variables, x)
+    params, stats = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[name])
+        for name in ("params", "batch_stats")
+    )
+    x = np.asarray(x, np.float64)
+
+    def normalise(name, x):
+        return reference.batch_norm(params[name], stats[name], x, False)[0]
+
+    f = reference.conv2d(x, params["conv1"]["kernel"])
+    assert f.shape[-1] == 4 * 6  # twice as wide as at 256 features
+    f = reference.relu(normalise("norm1", f))
+    f = reference.conv2d(f, params["conv2"]["kernel"], strides, padding=1, groups=4)
+    f = reference.relu(normalise("norm2", f))
+    f = normalise("norm3", reference.conv2d(f, params["conv3"]["kernel"]))
+    s = reference.conv2d(x, params["shortcut_conv"]["kernel"], strides)
+    expected = reference.relu(normalise("shortcut_norm", s) + f)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_bad_forms_and_cardinalities_are_refused(in_form_c):
+    with pytest.raises(InputError, match="unknown ResNeXt form 'd'; allowed: a, b, c"):
+        create_model("resnext29_8x64d", form="d")
+    with pytest.raises(InputError, match="cardinality 3 does not divide the 8 channels of norm1"):
+        convert_form(in_form_c[0], "c", "a", 3)
+    for paths in ({"cardinality": 0, "base_width": 4}, {"cardinality": 4, "base_width": 0}):
+        with pytest.raises(InputError, match="both must be positive"):
+            resnext((1, 1), 10, **paths).init(jax.random.key(0), images(1, *TINY), train=False)
+    with pytest.raises(InputError, match=r"depth 30 is not 9n\+2.* 29 \(n=3\) or 38 \(n=4\)"):
+        create_model("resnext30_8x64d")

@@ -16,7 +16,7 @@ WARMUP_MODELS = ("resnet110", "resnet164", "resnet1001", "resnet1202", "plain110
 
 
 def get_config(model: str = "resnet110"):
-    """Batch 128, rate 0.1 divided by 10 twice, within 64,000 steps; ResNeXt: within 300 epochs."""
+    """Batch 128, rate 0.1 divided by 10 twice, within 64,000 steps; some nets: 300 epochs."""
     config = default.get_config()
     config.model.name = model
     config.dataset.name = "cifar10"
@@ -25,12 +25,16 @@ def get_config(model: str = "resnet110"):
     name = model.removeprefix("cifar_")
     if name.startswith("preact_") or name.split("_")[0] in WARMUP_MODELS:
         config.schedule.warmup = 400
-    if name.startswith("resnext"):  # Xie et al. 2016, appendix A
-        config.optimizer.weight_decay = 5e-4
+    if name.startswith(("resnext", "densenet")):  # Xie et al. 2016, appendix; Huang et al. 2017
         config.optimizer.nesterov = True
         config.schedule.unit = "epochs"
         config.schedule.length = 300
         config.schedule.milestones = (150, 225)
+    if name.startswith("resnext"):
+        config.optimizer.weight_decay = 5e-4
+    if name.startswith("densenet"):
+        config.batch_size = 64
+        config.dataset.normalisation = "channel"
     config.eval_every_epochs = 5.0
     config.checkpoint_every_epochs = 5.0
     return config

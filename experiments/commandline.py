@@ -23,7 +23,7 @@ def run(main: Callable[[], object]) -> None:
 
     Exit status 2 for bad input, 1 for a diverged run, 130 after Ctrl-C, each with one message.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every save
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every save, and warns when it only reads
     try:
         main()
     except InputError as error:

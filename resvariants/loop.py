@@ -29,6 +29,7 @@ from resvariants.data import TrainingBatches, evaluation_batches, normalisation,
 from resvariants.errors import InputError, choose
 from resvariants.parallel import Parallel, check_batch_size, make_parallel
 from resvariants.report import Reporter, print_table, result_table
+from resvariants.resnet import ResNet
 from resvariants.summary import abstract_variables, count_parameters
 from resvariants.train import (
     TrainState,
@@ -42,6 +43,12 @@ from resvariants.workdir import Workdir, read_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+
+# Options of `ResNet`, and their defaults.
+OPTIONS = {
+    key: ResNet.__dataclass_fields__[key].default
+    for key in ("remat", "unroll", "survival_probability", "survival_schedule", "survival_draw")
+}
 
 # What numbers may be, where no function below says so itself.
 LIMITS = (
@@ -111,16 +118,16 @@ def set_up(config: ConfigDict) -> Setup:
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
     data_set = choose("dataset.name", config.dataset.name, sources.DATA_SETS)
     options = config.model
+    # Only what differs from the networks' own defaults: not every network has every option.
+    chosen = {key: options[key] for key in OPTIONS if options[key] != OPTIONS[key]}
+    if chosen.get("unroll") == 0:
+        chosen["unroll"] = True
     model = zoo.create_model(
         options.name,
         data_set.num_classes,
         dtype=choose("model.dtype", options.dtype, DTYPES),
-        remat=options.remat,
-        unroll=True if options.unroll == 0 else options.unroll,
-        survival_probability=options.survival_probability,
-        survival_schedule=options.survival_schedule,
-        survival_draw=options.survival_draw,
         axis_name=parallel.bn_axis_name,
+        **chosen,
     )
     # Raises whatever the model has against its options.
     abstract_variables(model, data_set.image_shape)

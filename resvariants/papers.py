@@ -13,6 +13,7 @@ class Reported(NamedTuple):
 _HE2015 = "He et al. 2015, table 6"
 _HE2016 = "He et al. 2016, median of five runs"
 _HUANG2016 = "Huang et al. 2016"
+_DENSENET = "Huang et al. 2017, table 2"
 _XIE2016 = "Xie et al. 2016, mean of ten runs"
 
 # (data set, model, survival probability of the last unit) -> test error. CIFAR with augmentation.
@@ -52,6 +53,18 @@ TEST_ERRORS = {
     ("cifar10", "resnext29_16x64d", 1.0): Reported(3.58, _XIE2016),
     ("cifar100", "resnext29_8x64d", 1.0): Reported(17.77, _XIE2016),
     ("cifar100", "resnext29_16x64d", 1.0): Reported(17.31, _XIE2016),
+    ("cifar10", "densenet40_k12", 1.0): Reported(5.24, _DENSENET),
+    ("cifar10", "densenet100_k12", 1.0): Reported(4.10, _DENSENET),
+    ("cifar10", "densenet100_k24", 1.0): Reported(3.74, _DENSENET),
+    ("cifar10", "densenet_bc100_k12", 1.0): Reported(4.51, _DENSENET),
+    ("cifar10", "densenet_bc250_k24", 1.0): Reported(3.62, _DENSENET),
+    ("cifar10", "densenet_bc190_k40", 1.0): Reported(3.46, _DENSENET),
+    ("cifar100", "densenet40_k12", 1.0): Reported(24.42, _DENSENET),
+    ("cifar100", "densenet100_k12", 1.0): Reported(20.20, _DENSENET),
+    ("cifar100", "densenet100_k24", 1.0): Reported(19.25, _DENSENET),
+    ("cifar100", "densenet_bc100_k12", 1.0): Reported(22.27, _DENSENET),
+    ("cifar100", "densenet_bc250_k24", 1.0): Reported(17.60, _DENSENET),
+    ("cifar100", "densenet_bc190_k40", 1.0): Reported(17.18, _DENSENET),
     ("svhn_extra", "cifar_resnet152", 1.0): Reported(1.80, _HUANG2016),
     ("svhn_extra", "cifar_resnet152", 0.5): Reported(1.75, _HUANG2016),
 }

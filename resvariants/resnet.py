@@ -211,7 +211,8 @@ class ResNet(nn.Module):
           images: (batch, height, width, channels), floating point, normalised.
           train: use and update batch statistics.
           gates: (num_units,), boolean (really skip) or float (scale); overrides stochastic depth.
-          return_features: return a dict `stem`, `stage1`, ..., `pooled`, `logits` instead.
+          return_features: return a dict `stem`, `stage1`, ..., `pooled`, `logits` instead, with
+            `final_norm` before `pooled` where there is a final activation.
 
         Returns:
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
@@ -250,7 +251,9 @@ class ResNet(nn.Module):
             x = stage(x, None if gates is None else gates[start : start + size])
             outputs[f"stage{i + 1}"] = x
             start += size
-        x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
+        if self.final_activation:
+            x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
+            outputs["final_norm"] = x
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         outputs["pooled"] = x
         if self.num_classes:

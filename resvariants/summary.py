@@ -77,7 +77,7 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
             "multiply_adds": costs[part],
         }
         for part, params in sorted(
-            variables["params"].items(), key=lambda item: (item[0] == "head", item[0] != "stem")
+            variables["params"].items(), key=lambda item: list(costs).index(item[0])
         )
     ]
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "multiply_adds")}

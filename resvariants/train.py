@@ -100,8 +100,9 @@ def eval_step(
     params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
 ) -> dict[str, jax.Array]:
     """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`."""
+    options = {} if gates is None else {"gates": gates}  # not every network has units to gate
     logits: Any = model.apply(
-        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False, gates=gates
+        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False, **options
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     wrong = logits.argmax(-1) != batch["label"]

@@ -17,6 +17,7 @@ from resvariants.blocks import (
     residual_merge,
     single_branch,
 )
+from resvariants.densenet import cifar_densenet, imagenet_densenet
 from resvariants.errors import InputError, check_choice, choose, nearest
 from resvariants.layers import SHORTCUTS
 from resvariants.resnet import ImageNetStem, ResNet
@@ -24,6 +25,7 @@ from resvariants.resnext import FORMS, aggregated_branch
 
 CIFAR = (32, 32, 3)
 IMAGENET = (224, 224, 3)
+DENSENET = "Huang et al. 2017 (DenseNet)"
 
 # He et al. 2015, table 1: units per stage of ImageNet nets, by depth.
 BASIC_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -175,6 +177,12 @@ def _resnext_entry(depth, cardinality, base_width):
     return Entry(partial(resnext, (n, n, n), **paths), CIFAR, 10, "Xie et al. 2016")
 
 
+def _densenet_entry(depth, growth_rate, bc=False):
+    build = partial(cifar_densenet, depth, growth_rate, bc=bc)
+    build()  # raises if no whole number of layers gives the depth
+    return Entry(build, CIFAR, 10, DENSENET)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One named network: how to build it, the images it was made for, and where it is described."""
@@ -235,6 +243,19 @@ def _zoo() -> dict[str, Entry]:
     ):
         name = f"resnext{depth}_{cardinality}x{base_width}d"
         zoo[name] = _resnext_entry(depth, cardinality, base_width)
+    for depth, growth_rate in ((40, 12), (100, 12), (100, 24)):
+        zoo[f"densenet{depth}_k{growth_rate}"] = _densenet_entry(depth, growth_rate)
+    for depth, growth_rate in ((100, 12), (250, 24), (190, 40)):
+        zoo[f"densenet_bc{depth}_k{growth_rate}"] = _densenet_entry(depth, growth_rate, bc=True)
+    for depth, sizes, growth_rate in (
+        (121, (6, 12, 24, 16), 32),
+        (169, (6, 12, 32, 32), 32),
+        (201, (6, 12, 48, 32), 32),
+        (264, (6, 12, 64, 48), 32),
+        (161, (6, 12, 36, 24), 48),
+    ):
+        build = partial(imagenet_densenet, sizes, growth_rate)
+        zoo[f"densenet{depth}"] = Entry(build, IMAGENET, 1000, DENSENET)
     return zoo
 
 
@@ -251,18 +272,22 @@ def find(name: str) -> Entry:
 
     `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2), the same after
     `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`;
-    `resnext29_4x32d` (9n+2 layers for CIFAR; 50, 101 or 152 for ImageNet).
+    `resnext29_4x32d` (9n+2 layers for CIFAR; 50, 101 or 152 for ImageNet), `densenet22_k12` (3n+4),
+    `densenet_bc22_k12` (6n+4).
 
     Raises:
       InputError: no such name, or no such depth.
     """
     if name in ZOO:
         return ZOO[name]
+    dense = re.fullmatch(r"densenet(_bc)?(\d+)_k(\d+)", name)
     aggregated = re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d", name)
     match = re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name)
     try:
         if aggregated is not None:
             return _resnext_entry(*map(int, aggregated.groups()))
+        if dense is not None:
+            return _densenet_entry(int(dense[2]), int(dense[3]), bc=dense[1] is not None)
         if match is None:
             raise InputError("no such family")
         preactivated, kind, depth, bottleneck = match.groups()
@@ -275,7 +300,7 @@ def find(name: str) -> Entry:
         )
         build()
     except InputError as error:
-        why = "" if match is None and aggregated is None else f" {error};"
+        why = "" if not (match or aggregated or dense) else f" {error};"
         raise InputError(
             f"unknown model {name!r}:{why} nearest: {nearest(name, ZOO)} (all: python -m"
             " resvariants)"
@@ -296,6 +321,14 @@ def create_model(name: str, num_classes: int | None = None, **options) -> nn.Mod
       InputError: unknown name, with the nearest ones, or impossible depth, with valid ones nearby.
     """
     entry = find(name)
-    return entry.build(
-        num_classes=entry.num_classes if num_classes is None else num_classes, **options
-    )
+    try:
+        return entry.build(
+            num_classes=entry.num_classes if num_classes is None else num_classes, **options
+        )
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        option = str(error).split("'")[1]
+        raise InputError(
+            f"{name} has no option {option!r}; its class documents those it has"
+        ) from None

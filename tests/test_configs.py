@@ -242,6 +242,17 @@ def test_another_name_of_a_net_gets_the_same_recipe():
 
 
 @pytest.mark.parametrize("name", OF_CIFAR)
+def test_densenet_has_its_own_recipe(name):
+    config = module(name).get_config("densenet_bc100_k12")
+    assert config.optimizer.weight_decay == 1e-4 and config.optimizer.nesterov
+    assert config.batch_size == 64 and config.dataset.normalisation == "channel"
+    rate, length = train.make_schedule(config.schedule, 782.0)
+    assert length == 300 * 782
+    rates = [rate(epoch * 782) for epoch in (0, 149, 150, 224, 225)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_CIFAR)
 def test_resnext_has_its_own_recipe(name):
     config = module(name).get_config("resnext29_8x64d")
     assert config.optimizer.weight_decay == 5e-4 and config.optimizer.nesterov

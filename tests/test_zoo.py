@@ -82,7 +82,20 @@ RESNEXT_PARAMETERS = {
     "resnext101_2x64d": 84_198_184,
     "resnext101_1x100d": 85_611_336,
 }
-PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS | RESNEXT_PARAMETERS
+DENSENET_PARAMETERS = {
+    "densenet40_k12": 1_019_722,
+    "densenet100_k12": 6_979_642,
+    "densenet100_k24": 27_249_082,
+    "densenet_bc100_k12": 769_162,
+    "densenet_bc250_k24": 15_324_406,
+    "densenet_bc190_k40": 25_624_430,
+    "densenet121": 7_978_856,
+    "densenet169": 14_149_480,
+    "densenet201": 20_013_928,
+    "densenet161": 28_681_000,
+    "densenet264": 33_337_704,
+}
+PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS | RESNEXT_PARAMETERS | DENSENET_PARAMETERS
 
 
 def test_the_table_names_every_model():

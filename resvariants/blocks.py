@@ -177,11 +177,9 @@ class Unit(nn.Module):
 
     def before(self, x):
         """The pre-activation."""
-        return (
-            x
-            if self.activated
-            else activate(x, self.placement.before, partial(self.norm, name="norm1"))
-        )
+        if self.activated:
+            return x
+        return activate(x, self.placement.before, partial(self.norm, name="norm1"))
 
     def merged(self, x):
         """The activation after the addition."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError
-from resvariants.layers import ModuleFactory, batch_norm, conv
+from resvariants.layers import ModuleFactory, batch_norm, conv, pool_and_classify
 from resvariants.resnet import ImageNetStem
 
 
@@ -165,12 +165,8 @@ class DenseNet(nn.Module):
                 outputs[f"transition{b - 1}"] = x
             x = outputs[f"block{b}"] = DenseBlock(size, layer, name=f"block{b}")(x)
         x = outputs["final_norm"] = nn.relu(make_norm(name="final_norm")(x))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-        outputs["pooled"] = x
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, name="head")(x)
-            outputs["logits"] = x
-        return outputs if return_features else x
+        outputs |= pool_and_classify(x, self.num_classes)
+        return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
 
 def cifar_densenet(

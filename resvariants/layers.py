@@ -256,6 +256,17 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     return x
 
 
+def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+    """Feature maps to `pooled` (batch, channels) and, unless there are no classes, `logits`.
+
+    Both at least float32; the linear classifier is called `head`.
+    """
+    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    if num_classes == 0:
+        return {"pooled": pooled}
+    return {"pooled": pooled, "logits": nn.Dense(num_classes, name="head")(pooled)}
+
+
 # Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has
 # `features` channels and 1/strides of x's height and width.
 

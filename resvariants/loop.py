@@ -339,23 +339,23 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         seed=config.seed,
         label_smoothing=config.label_smoothing,
     )
-    shapes = jax.eval_shape(parallel.replicate, jax.eval_shape(setup.new_state))
+    shapes = jax.eval_shape(setup.new_state)
+    replicated = jax.eval_shape(parallel.replicate, shapes)
     clock = time.perf_counter()
-    compiled = parallel.compile(step).lower(shapes, parallel.split(batches[0])).compile()
+    compiled = parallel.compile(step).lower(replicated, parallel.split(batches[0])).compile()
     compile_seconds = time.perf_counter() - clock
     # Only now, when nothing about the config can be wrong any more, anything is written.
     with workdir.writing():
-        log = _run(config, setup, workdir, batches, compiled, compile_seconds)
-        result = _result(config, setup, log, compile_seconds)
+        log = _run(config, setup, shapes, workdir, batches, compiled, compile_seconds)
+        result = _result(config, setup, shapes, log, compile_seconds)
         workdir.finish(result, log.rows)
     print_table(result_table(result))
     return result
 
 
-def _run(config, setup, workdir, batches, compiled, compile_seconds):
+def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds):
     # Trains from the last checkpoint to the end; returns the log.
     parallel, total = setup.parallel, setup.total_steps
-    shapes = jax.eval_shape(setup.new_state)
     evaluate = make_evaluator(setup, config.eval_batch_size)
     eval_every, save_every = (
         max(1, round(epochs * setup.steps_per_epoch))
@@ -411,7 +411,7 @@ def describe_devices() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def _result(config, setup, log, compile_seconds):
+def _result(config, setup, shapes, log, compile_seconds):
     last = {row["split"]: row["error"] for row in log.rows}
     rows = [row for row in log.rows if row["split"] == "train"]
     starts = [0, *(row["step"] for row in rows)]
@@ -420,7 +420,7 @@ def _result(config, setup, log, compile_seconds):
     result = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "num_params": count_parameters(jax.eval_shape(setup.new_state).params),
+        "num_params": count_parameters(shapes.params),
         "steps": setup.total_steps,
         "epochs": setup.total_steps / setup.steps_per_epoch,
         "seed": config.seed,

@@ -19,7 +19,14 @@ from jax import lax
 from resvariants.blocks import BasicUnit
 from resvariants.errors import InputError, check_choice
 from resvariants.gates import draw_for_examples, survival_probabilities
-from resvariants.layers import ModuleFactory, activate, batch_norm, conv, max_pool
+from resvariants.layers import (
+    ModuleFactory,
+    activate,
+    batch_norm,
+    conv,
+    max_pool,
+    pool_and_classify,
+)
 
 REMAT = ("none", "block", "sqrt")
 
@@ -254,12 +261,8 @@ class ResNet(nn.Module):
         if self.final_activation:
             x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
             outputs["final_norm"] = x
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-        outputs["pooled"] = x
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, name="head")(x)
-            outputs["logits"] = x
-        return outputs if return_features else x
+        outputs |= pool_and_classify(x, self.num_classes)
+        return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
     def _stochastic_depth_gates(self, train, batch):
         check_choice("survival_draw", self.survival_draw, ("batch", "example"))

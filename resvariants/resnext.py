@@ -57,9 +57,9 @@ def aggregated_branch(
     return sum(conv(features, 1, name=f"conv3_{i}")(y) for i, y in zip(paths, ys, strict=True))
 
 
-# Layers whose output channels are dealt out to the paths, by form; and whose input channels are.
-_OUTPUTS = {"a": ("conv1", "conv2", "norm1", "norm2"), "b": ("conv1", "conv2", "norm1", "norm2")}
-_INPUTS = {"a": ("conv3",), "b": ()}
+# What is dealt out to the paths, by form: layers, and the axis of their arrays' channels.
+_OUTPUTS = dict.fromkeys(("conv1", "conv2", "norm1", "norm2"), -1)
+_DEALT = {"a": {**_OUTPUTS, "conv3": -2}, "b": _OUTPUTS}
 
 
 def convert_form(
@@ -88,10 +88,8 @@ def _join(node, form, cardinality):
     if not _is_unit(node) or form == "c":
         return {name: _join(child, form, cardinality) for name, child in node.items()}
     joined = dict(node)
-    for names, axis in ((_OUTPUTS[form], -1), (_INPUTS[form], -2)):
-        for name in names:
-            if f"{name}_1" not in node:
-                continue
+    for name, axis in _DEALT[form].items():
+        if f"{name}_1" in node:
             parts = [joined.pop(f"{name}_{i}") for i in range(1, cardinality + 1)]
             joined[name] = jax.tree.map(
                 lambda *leaves, axis=axis: jnp.concatenate(leaves, axis), *parts
@@ -106,19 +104,18 @@ def _split(node, form, cardinality):
     if not _is_unit(node) or form == "c":
         return {name: _split(child, form, cardinality) for name, child in node.items()}
     split = dict(node)
-    for names, axis in ((_OUTPUTS[form], -1), (_INPUTS[form], -2)):
-        for name in names:
-            if name not in node:
-                continue
-            leaves = jax.tree.leaves(split[name])
-            if any(leaf.shape[axis] % cardinality for leaf in leaves):
-                raise InputError(
-                    f"cardinality {cardinality} does not divide the {leaves[0].shape[axis]}"
-                    f" channels of {name}"
-                )
-            for i in range(cardinality):
-                split[f"{name}_{i + 1}"] = jax.tree.map(
-                    lambda leaf, i=i, axis=axis: jnp.split(leaf, cardinality, axis)[i], node[name]
-                )
-            del split[name]
+    for name, axis in _DEALT[form].items():
+        if name not in node:
+            continue
+        whole = split.pop(name)
+        leaves = jax.tree.leaves(whole)
+        if any(leaf.shape[axis] % cardinality for leaf in leaves):
+            raise InputError(
+                f"cardinality {cardinality} does not divide the {leaves[0].shape[axis]}"
+                f" channels of {name}"
+            )
+        for i in range(cardinality):
+            split[f"{name}_{i + 1}"] = jax.tree.map(
+                lambda leaf, i=i, axis=axis: jnp.split(leaf, cardinality, axis)[i], whole
+            )
     return split

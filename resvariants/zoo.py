@@ -280,16 +280,27 @@ def find(name: str) -> Entry:
     """
     if name in ZOO:
         return ZOO[name]
-    dense = re.fullmatch(r"densenet(_bc)?(\d+)_k(\d+)", name)
-    aggregated = re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d", name)
-    match = re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name)
     try:
-        if aggregated is not None:
-            return _resnext_entry(*map(int, aggregated.groups()))
-        if dense is not None:
-            return _densenet_entry(int(dense[2]), int(dense[3]), bc=dense[1] is not None)
-        if match is None:
-            raise InputError("no such family")
+        entry = _of_another_size(name)
+    except InputError as error:
+        raise InputError(
+            f"unknown model {name!r}: {error}; nearest names: {nearest(name, ZOO)}"
+        ) from None
+    if entry is None:
+        raise InputError(
+            f"unknown model {name!r}; nearest: {nearest(name, ZOO)} (all: python -m resvariants)"
+        )
+    return entry
+
+
+def _of_another_size(name):
+    # The entry for a name of a known family, or None.
+    if match := re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d", name):
+        return _resnext_entry(*map(int, match.groups()))
+    if match := re.fullmatch(r"densenet(_bc)?(\d+)_k(\d+)", name):
+        bc, depth, growth_rate = match.groups()
+        return _densenet_entry(int(depth), int(growth_rate), bc=bc is not None)
+    if match := re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name):
         preactivated, kind, depth, bottleneck = match.groups()
         build = partial(
             cifar_resnet,
@@ -298,14 +309,9 @@ def find(name: str) -> Entry:
             bottleneck=bottleneck is not None,
             placement="full_preactivation" if preactivated else "original",
         )
-        build()
-    except InputError as error:
-        why = "" if not (match or aggregated or dense) else f" {error};"
-        raise InputError(
-            f"unknown model {name!r}:{why} nearest: {nearest(name, ZOO)} (all: python -m"
-            " resvariants)"
-        ) from None
-    return Entry(build, CIFAR, 10, "He et al. 2015, another depth")
+        build()  # raises if no whole number of units gives the depth
+        return Entry(build, CIFAR, 10, "He et al. 2015, another depth")
+    return None
 
 
 def create_model(name: str, num_classes: int | None = None, **options) -> nn.Module:

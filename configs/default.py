@@ -18,12 +18,13 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # what the backward pass recomputes: none, block or sqrt
     # Units per iteration of the compiled loop; 0 is no loop, None no loop in stages of three units.
     model.unroll = placeholder(int)
+    model.dropout_rate = placeholder(float)  # None is the network's own, where it has dropout
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
     model.survival_draw = "batch"  # batch: one draw for all its images; example: drop path
 
     dataset = config.dataset = ConfigDict()
-    dataset.name = "digits"  # digits, cifar10, cifar100, svhn, svhn_extra, fashion_mnist
+    dataset.name = "digits"  # digits, cifar10, cifar100, svhn, svhn_extra, mnist, ...
     dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
     dataset.validation_size = 0  # training images held out, chosen independently of the seed
     dataset.normalisation = "per_pixel_mean"  # per_pixel_mean, channel or none
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
     schedule.cut_to_steps = placeholder(int)  # shorten all of the above in proportion
 
     config.label_smoothing = 0.0
+    config.auxiliary_weight = 0.3  # of the losses of auxiliary classifiers (GoogLeNet)
 
     config.parallel = "jit"  # jit over a mesh of all devices, or pmap
     config.sync_batch_norm = True  # statistics of the global batch, or of each device's share

@@ -3,22 +3,25 @@
 import sys
 
 from resvariants.errors import InputError
-from resvariants.summary import abstract_variables, count_parameters, format_summary
-from resvariants.zoo import ZOO, find
+from resvariants.summary import format_summary
+from resvariants.zoo import find, list_models
 
 
 def main(names: list[str]) -> None:
-    """Prints summaries of the named networks, or the list of all."""
+    """Prints summaries of the named networks, or the list of all by families."""
     for name in names:
         entry = find(name)
         print(f"{name}: {entry.paper}")
         print(format_summary(entry.build(num_classes=entry.num_classes), entry.image_shape))
     if not names:
-        for name, entry in ZOO.items():
-            model = entry.build(num_classes=entry.num_classes)
-            params = count_parameters(abstract_variables(model, entry.image_shape)["params"])
-            image = "x".join(map(str, entry.image_shape))
-            print(f"{name:18}{params:>12,} parameters  {image:10}  {entry.paper}")
+        for family, entries in list_models().items():
+            print(f"\n{family}")
+            for name, entry in entries.items():
+                image = "x".join(map(str, entry.image_shape))
+                print(
+                    f"  {name:34}{entry.parameters:>12,} parameters  {image:10}  {entry.paper}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.gates import apply_gate
-from resvariants.layers import ModuleFactory, activate, conv, identity_shortcut
+from resvariants.layers import ModuleFactory, activate, conv, identity_shortcut, no_norm
 
 
 def single_branch(x, features, strides, conv, activate):
@@ -89,16 +89,17 @@ def constant_scaling(x, features, strides, conv, gate, train, *, shortcut=0.5, r
     return shortcut, residual
 
 
-def _gate_of_input(x, features, strides, conv, bias):
-    # The paper leaves open how gates look where the shape changes: here a 1x1 convolution with the
+def _gate_of_input(x, features, strides, conv, bias, kernel_size=1):
+    # The paper leaves open how gates look where the shape changes: here a convolution with the
     # unit's stride and output channels, which weighs the option-A shortcut.
     initial = nn.initializers.constant(bias)
-    return nn.sigmoid(conv(features, 1, strides, use_bias=True, bias_init=initial, name="gate")(x))
+    gate = conv(features, kernel_size, strides, use_bias=True, bias_init=initial, name="gate")
+    return nn.sigmoid(gate(x))
 
 
-def exclusive_gating(x, features, strides, conv, gate, train, *, bias=-6.0):
-    """(1 - g(x)) S + g(x) F with g a sigmoid of a 1x1 convolution, its bias `bias` at first."""
-    g = _gate_of_input(x, features, strides, conv, bias)
+def exclusive_gating(x, features, strides, conv, gate, train, *, bias=-6.0, kernel_size=1):
+    """(1 - g(x)) S + g(x) F with g a sigmoid of a convolution, its bias `bias` at first."""
+    g = _gate_of_input(x, features, strides, conv, bias, kernel_size)
     return 1 - (g if gate is None else gate * g), g
 
 
@@ -113,7 +114,7 @@ def dropout_shortcut(x, features, strides, conv, gate, train, *, rate=0.5):
     return nn.Dropout(rate, deterministic=not train)(jnp.ones(shape, x.dtype)), 1.0
 
 
-WEIGHTS = {
+WEIGHTS: dict[str, Callable[..., tuple]] = {
     "constant_scaling": constant_scaling,
     "exclusive_gating": exclusive_gating,
     "shortcut_only_gating": shortcut_only_gating,
@@ -209,6 +210,18 @@ class Unit(nn.Module):
             return shortcut, 1.0
         a, b = self.weights(x, *shape, gate, self.train)
         return a * shortcut, b
+
+
+def highway_layer(features: int, *, transform_bias: float = -2.0, **attributes) -> Unit:
+    """T H + (1 - T) x (Srivastava et al. 2015, section 2): a unit without normalisation.
+
+    H = relu(conv(x)) and T = sigmoid(conv(x)), both 3x3, T with the bias `transform_bias` at first.
+    `conv` needs biases of its own, as `partial(layers.conv, use_bias=True)` has them.
+    """
+    transform = partial(exclusive_gating, bias=transform_bias, kernel_size=3)
+    placement = Placement(after="relu")
+    attributes = {"norm": no_norm, "weights": transform, "placement": placement, **attributes}
+    return Unit(features, branch=single_branch, **attributes)
 
 
 BasicUnit = Unit

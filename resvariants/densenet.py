@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError
-from resvariants.layers import ModuleFactory, batch_norm, conv, pool_and_classify
+from resvariants.layers import (
+    ModuleFactory,
+    batch_norm,
+    check_image_size,
+    conv,
+    pool_and_classify,
+)
 from resvariants.resnet import ImageNetStem
 
 
@@ -132,7 +138,8 @@ class DenseNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: growth rate below 1, compression outside (0, 1], dropout outside [0, 1).
+          InputError: growth rate below 1, compression outside (0, 1], dropout outside [0, 1),
+            images smaller than the network's total stride.
         """
         if self.growth_rate < 1:
             raise InputError(f"growth rate {self.growth_rate}: a layer adds at least 1 channel")
@@ -149,6 +156,8 @@ class DenseNet(nn.Module):
         else:
             x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
+        total_strides = -(-images.shape[1] // x.shape[1]) * 2 ** (len(self.block_sizes) - 1)
+        check_image_size(images, total_strides)
         layer = partial(
             DenseLayer,
             self.growth_rate,

@@ -5,6 +5,9 @@ units, float gates scale residual branches, None leaves everything on. Stochasti
 path counts and effective-path training are all choices of this vector.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -32,6 +35,29 @@ def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = Fa
     if jnp.result_type(gate) == jnp.bool_:
         return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
     return on(unit, jnp.asarray(gate, x.dtype), x)
+
+
+def check_gates(gates, num_units: int) -> jax.Array:
+    """`gates` as an array.
+
+    Raises:
+      InputError: their shape is not (num_units,).
+    """
+    gates = jnp.asarray(gates)
+    if gates.shape != (num_units,):
+        raise InputError(
+            f"gates of shape {gates.shape}: this network has {num_units} units and takes shape"
+            f" ({num_units},)"
+        )
+    return gates
+
+
+def gates_by_stage(gates: jax.Array | None, stage_sizes: Sequence[int]) -> list:
+    """Each stage's part of the gate vector."""
+    if gates is None:
+        return [None] * len(stage_sizes)
+    ends = list(accumulate(stage_sizes))
+    return [gates[end - size : end] for size, end in zip(stage_sizes, ends, strict=True)]
 
 
 def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from resvariants.errors import InputError
+
 ModuleFactory = Callable[..., Any]
 
 # He et al., "Delving deep into rectifiers", the fan-out form that fb.resnet.torch uses.
@@ -126,7 +128,9 @@ def conv(
     kernel_size: int,
     strides: int = 1,
     *,
+    padding: int | None = None,
     use_bias: bool = False,
+    kernel_init=he_normal,
     conv_general_dilated=conv_general_dilated,
     **kwargs,
 ) -> nn.Conv:
@@ -139,9 +143,9 @@ def conv(
         features,
         (kernel_size, kernel_size),
         strides,
-        padding=kernel_size // 2,
+        padding=kernel_size // 2 if padding is None else padding,
         use_bias=use_bias,
-        kernel_init=he_normal,
+        kernel_init=kernel_init,
         conv_general_dilated=conv_general_dilated,
         **kwargs,
     )
@@ -249,6 +253,11 @@ def batch_norm(train: bool, **kwargs) -> ModuleFactory:
     return partial(BatchNorm, use_running_average=not train, **kwargs)
 
 
+def no_norm(name: str | None = None) -> Callable[[jax.Array], jax.Array]:
+    """Stands where a factory of normalisation modules is asked for, for nets without any."""
+    return lambda x: x
+
+
 def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     """`x` after what `words` name in their order: "norm" (by `norm()`), "relu", both or nothing."""
     for word in words.split():
@@ -256,15 +265,31 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     return x
 
 
-def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
-    """Feature maps to `pooled` (batch, channels) and, unless there are no classes, `logits`.
+def classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+    """`pooled`, which is `x` (batch, channels), and, unless there are no classes, `logits`.
 
     Both at least float32; the linear classifier is called `head`.
     """
-    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if num_classes == 0:
         return {"pooled": pooled}
     return {"pooled": pooled, "logits": nn.Dense(num_classes, name="head")(pooled)}
+
+
+def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+    """`classify` of feature maps' averages over height and width."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return classify(x.mean((1, 2)), num_classes)
+
+
+def check_image_size(images: jax.Array, least: int) -> None:
+    """Raises InputError if `images` have fewer than `least` pixels a side."""
+    height, width = images.shape[1:3]
+    if min(height, width) < least:
+        raise InputError(
+            f"images of {height}x{width} are too small for this network: its strides leave nothing"
+            f" of less than {least}x{least}"
+        )
 
 
 # Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has

@@ -44,11 +44,11 @@ from resvariants.workdir import Workdir, read_config
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-# Options of `ResNet`, and their defaults.
+# Options of networks, and the values that stand for their own defaults.
 OPTIONS = {
     key: ResNet.__dataclass_fields__[key].default
     for key in ("remat", "unroll", "survival_probability", "survival_schedule", "survival_draw")
-}
+} | {"dropout_rate": None}
 
 # What numbers may be, where no function below says so itself.
 LIMITS = (
@@ -72,6 +72,7 @@ LIMITS = (
             "model.unroll",
             "dataset.crop_padding",
             "optimizer.weight_decay",
+            "auxiliary_weight",
             "schedule.learning_rate",
             "schedule.warmup_learning_rate",
         ),
@@ -79,7 +80,7 @@ LIMITS = (
     (
         "at least 0 and below 1",
         lambda x: 0 <= x < 1,
-        ("label_smoothing", "optimizer.momentum"),
+        ("label_smoothing", "model.dropout_rate", "optimizer.momentum"),
     ),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
 )
@@ -338,6 +339,7 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         optimizer=setup.optimizer,
         seed=config.seed,
         label_smoothing=config.label_smoothing,
+        auxiliary_weight=config.auxiliary_weight,
     )
     shapes = jax.eval_shape(setup.new_state)
     replicated = jax.eval_shape(parallel.replicate, shapes)

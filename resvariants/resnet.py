@@ -17,12 +17,18 @@ from flax import linen as nn
 from jax import lax
 
 from resvariants.blocks import BasicUnit
-from resvariants.errors import InputError, check_choice
-from resvariants.gates import draw_for_examples, survival_probabilities
+from resvariants.errors import check_choice
+from resvariants.gates import (
+    check_gates,
+    draw_for_examples,
+    gates_by_stage,
+    survival_probabilities,
+)
 from resvariants.layers import (
     ModuleFactory,
     activate,
     batch_norm,
+    check_image_size,
     conv,
     max_pool,
     pool_and_classify,
@@ -225,26 +231,26 @@ class ResNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
+          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1],
+            images smaller than the network's total stride.
         """
         check_choice("remat", self.remat, REMAT)
         if gates is None:
             gates = self._stochastic_depth_gates(train, len(images))
         else:
-            gates = jnp.asarray(gates)
-            if gates.shape != (self.num_units,):
-                raise InputError(
-                    f"gates of shape {gates.shape}: this network has {self.num_units} units and"
-                    f" takes shape ({self.num_units},)"
-                )
+            gates = check_gates(gates, self.num_units)
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
         unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
 
         x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
-        start = 0
-        for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
+        total_strides = -(-images.shape[1] // x.shape[1]) * 2 ** (len(self.stage_sizes) - 1)
+        check_image_size(images, total_strides)
+        stages = zip(
+            self.stage_sizes, self.features, gates_by_stage(gates, self.stage_sizes), strict=True
+        )
+        for i, (size, features, stage_gates) in enumerate(stages):
             stage = Stage(
                 unit,
                 size,
@@ -255,9 +261,7 @@ class ResNet(nn.Module):
                 unroll=self.unroll,
                 name=f"stage{i + 1}",
             )
-            x = stage(x, None if gates is None else gates[start : start + size])
-            outputs[f"stage{i + 1}"] = x
-            start += size
+            x = outputs[f"stage{i + 1}"] = stage(x, stage_gates)
         if self.final_activation:
             x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
             outputs["final_norm"] = x

@@ -49,6 +49,7 @@ DATA_SETS = {
     "cifar100": DataSet((32, 32, 3), 100, "cifar100"),
     "svhn": DataSet((32, 32, 3), 10, "svhn_cropped"),
     "svhn_extra": DataSet((32, 32, 3), 10, "svhn_cropped", ("train", "extra")),
+    "mnist": DataSet((28, 28, 1), 10, "mnist"),
     "fashion_mnist": DataSet((28, 28, 1), 10, "fashion_mnist"),
 }
 
@@ -305,7 +306,7 @@ def _svhn(builder: Any, files: Mapping[str, Path]) -> dict[str, Examples]:
     return {split: examples(split) for split in ("train", "test", "extra")}
 
 
-def _fashion_mnist(builder: Any, files: Mapping[str, Path]) -> dict[str, Examples]:
+def _mnist(builder: Any, files: Mapping[str, Path]) -> dict[str, Examples]:
     def read(name: str, header: int, *shape: int) -> np.ndarray:
         with gzip.open(files[name]) as file:
             return np.frombuffer(file.read(), np.uint8, offset=header).reshape(-1, *shape)
@@ -323,5 +324,6 @@ _READERS: dict[str, Callable[[Any, Mapping[str, Path]], dict[str, Examples]]] = 
     "cifar10": _cifar,
     "cifar100": _cifar,
     "svhn_cropped": _svhn,
-    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+    "fashion_mnist": _mnist,
 }

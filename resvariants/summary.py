@@ -52,7 +52,8 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
     """One row for each top-level part of `model` and one for the total.
 
     Rows have `part`, `output` (height, width, channels of one image), `parameters` and
-    `multiply_adds` of one image's forward pass.
+    `multiply_adds` of one image's forward pass in evaluation. Parts that are for training only come
+    first and have no output.
     """
     variables = abstract_variables(model, image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -69,15 +70,16 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
             costs[path[1]] += _multiply_adds(equation)
     shapes = jax.eval_shape(forward, variables, images)
     shapes["head"] = shapes.get("logits")
+    order = {part: position for position, part in enumerate(costs)}
     rows = [
         {
             "part": part,
-            "output": shapes[part].shape[1:],
+            "output": shapes[part].shape[1:] if part in shapes else (),
             "parameters": count_parameters(params),
             "multiply_adds": costs[part],
         }
         for part, params in sorted(
-            variables["params"].items(), key=lambda item: list(costs).index(item[0])
+            variables["params"].items(), key=lambda item: order.get(item[0], -1)
         )
     ]
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "multiply_adds")}
@@ -86,10 +88,10 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
 
 def format_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
     """`summarise` as a text table."""
-    lines = [f"{'part':10}{'output':>16}{'parameters':>14}{'multiply-adds':>18}"]
+    lines = [f"{'part':14}{'output':>16}{'parameters':>14}{'multiply-adds':>18}"]
     for row in summarise(model, image_shape):
-        output = "x".join(map(str, row["output"]))
+        output = "x".join(map(str, row["output"])) or "training only"
         lines.append(
-            f"{row['part']:10}{output:>16}{row['parameters']:>14,}{row['multiply_adds']:>18,}"
+            f"{row['part']:14}{output:>16}{row['parameters']:>14,}{row['multiply_adds']:>18,}"
         )
     return "\n".join(lines)

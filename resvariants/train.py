@@ -53,6 +53,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     label_smoothing: float = 0.0,
+    auxiliary_weight: float = 0.3,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of stochastic gradient descent, the same for every model.
@@ -61,12 +62,13 @@ def train_step(
       state: the state before.
       batch: `image` (batch, height, width, channels), `label` (batch,) int32.
       seed: with the step number it determines every random draw.
+      auxiliary_weight: of the losses of logits that the model sows into `auxiliary_logits`.
       axis_name: the device axis when run per device (`pmap`, `shard_map`); gradients, statistics
         and metrics are averaged over it. Under a sharded `jit` the batch is the global one.
 
     Returns:
-      The state after, and float metrics `loss`, `error` (share of wrong labels) and
-      `gradient_norm`, all of the batch before the update.
+      The state after, and float metrics `loss` (without auxiliary classifiers), `error` (share of
+      wrong labels) and `gradient_norm`, all of the batch before the update.
     """
     # The key depends on the step alone: all devices must agree on which units to skip. What is
     # dropped inside a unit is each device's own.
@@ -78,15 +80,21 @@ def train_step(
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
             train=True,
-            mutable=["batch_stats"],
+            mutable=["batch_stats", "auxiliary_logits"],
             rngs={"stochastic_depth": key, "dropout": dropout_key},
         )
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
         targets = optax.smooth_labels(targets, label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (logits, updates.get("batch_stats", {}))
 
-    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def cross_entropy(logits):
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        loss = cross_entropy(logits)
+        auxiliary = jax.tree.leaves(updates.get("auxiliary_logits", {}))
+        total = loss + auxiliary_weight * sum(map(cross_entropy, auxiliary))
+        return total, (loss, logits, updates.get("batch_stats", {}))
+
+    (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
         grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from flax import linen as nn
 
@@ -17,15 +17,27 @@ from resvariants.blocks import (
     residual_merge,
     single_branch,
 )
+from resvariants.classic import (
+    VGG,
+    GoogLeNet,
+    HighwayNet,
+    cifar_alexnet,
+    fully_connected_net,
+    single_tower_alexnet,
+    two_tower_alexnet,
+)
 from resvariants.densenet import cifar_densenet, imagenet_densenet
 from resvariants.errors import InputError, check_choice, choose, nearest
 from resvariants.layers import SHORTCUTS
 from resvariants.resnet import ImageNetStem, ResNet
 from resvariants.resnext import FORMS, aggregated_branch
+from resvariants.summary import abstract_variables, count_parameters
 
+MNIST = (28, 28, 1)
 CIFAR = (32, 32, 3)
 IMAGENET = (224, 224, 3)
 DENSENET = "Huang et al. 2017 (DenseNet)"
+HIGHWAY = "Srivastava et al. 2015"
 
 # He et al. 2015, table 1: units per stage of ImageNet nets, by depth.
 BASIC_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -172,70 +184,100 @@ def _resnext_entry(depth, cardinality, base_width):
     paths = {"cardinality": cardinality, "base_width": base_width}
     if depth in BOTTLENECK_STAGES:
         build = partial(resnext, BOTTLENECK_STAGES[depth], stem=ImageNetStem, **paths)
-        return Entry(build, IMAGENET, 1000, "Xie et al. 2016")
+        return Entry(build, IMAGENET, 1000, "Xie et al. 2016", "ResNeXt")
     n = _units_per_stage(depth, 9)
-    return Entry(partial(resnext, (n, n, n), **paths), CIFAR, 10, "Xie et al. 2016")
+    return Entry(partial(resnext, (n, n, n), **paths), CIFAR, 10, "Xie et al. 2016", "ResNeXt")
 
 
 def _densenet_entry(depth, growth_rate, bc=False):
     build = partial(cifar_densenet, depth, growth_rate, bc=bc)
     build()  # raises if no whole number of layers gives the depth
-    return Entry(build, CIFAR, 10, DENSENET)
+    return Entry(build, CIFAR, 10, DENSENET, "DenseNet")
+
+
+def _fully_connected_entry(depth, plain):
+    build = partial(fully_connected_net, depth, plain=plain)
+    build()  # raises if the depth is none
+    return Entry(build, MNIST, 10, HIGHWAY, "highway and its plain nets")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One named network: how to build it, the images it was made for, and where it is described."""
+    """One named network.
+
+    Attributes:
+      build: makes it from `num_classes` and options.
+      image_shape: (height, width, channels) of the images that it was made for.
+      num_classes: of the data set that it was made for.
+      paper: where it is described.
+      family: what it is listed under.
+    """
 
     build: Callable[..., nn.Module]
     image_shape: tuple[int, int, int]
     num_classes: int
     paper: str
+    family: str
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers are trained, auxiliary classifiers included."""
+        model = self.build(num_classes=self.num_classes)
+        return count_parameters(abstract_variables(model, self.image_shape)["params"])
 
 
 def _zoo() -> dict[str, Entry]:
     he2015, he2016 = "He et al. 2015", "He et al. 2016"
+    plain_nets, postactivated = "plain", "ResNet"
+    preactivated, variants = "pre-activation ResNet", "placements and shortcuts"
     zoo = {}
 
-    def cifar(name, paper, depth, **options):
-        zoo[name] = Entry(partial(cifar_resnet, depth, **options), CIFAR, 10, paper)
+    def cifar(family, name, paper, depth, **options):
+        zoo[name] = Entry(partial(cifar_resnet, depth, **options), CIFAR, 10, paper, family)
 
-    def imagenet(name, *stage_sizes, paper=he2015, **options):
+    def imagenet(family, name, paper, *stage_sizes, **options):
         build = partial(imagenet_resnet, stage_sizes, **options)
-        zoo[name] = Entry(build, IMAGENET, 1000, paper)
+        zoo[name] = Entry(build, IMAGENET, 1000, paper, family)
 
     for depth in (20, 32, 44, 56, 110, 1202):
-        cifar(f"resnet{depth}", he2015, depth)
-        cifar(f"resnet{depth}_b", he2015, depth, shortcut="B")
-    cifar("resnet110_c", he2016, 110, shortcut="C")
-    for depth in (20, 32, 44, 56, 110):
-        cifar(f"plain{depth}", he2015, depth, plain=True)
-    cifar("cifar_resnet152", "Huang et al. 2016", 152, shortcut="A_average")
+        cifar(postactivated, f"resnet{depth}", he2015, depth)
+        cifar(postactivated, f"resnet{depth}_b", he2015, depth, shortcut="B")
+    cifar(postactivated, "resnet110_c", he2016, 110, shortcut="C")
+    cifar(postactivated, "cifar_resnet152", "Huang et al. 2016", 152, shortcut="A_average")
     for depth in (164, 1001):
-        cifar(f"resnet{depth}", he2016, depth, bottleneck=True)
-    cifar("resnet110_one_layer_skip", he2016, 110, one_layer_skip=True)
-    preactivated = {"placement": "full_preactivation"}
-    cifar("preact_resnet110", he2016, 110, **preactivated)
-    cifar("preact_resnet110_one_layer_skip", he2016, 110, one_layer_skip=True, **preactivated)
-    for depth in (164, 1001):
-        cifar(f"preact_resnet{depth}", he2016, depth, bottleneck=True, **preactivated)
-    for placement in ("norm_after_addition", "relu_before_addition", "relu_only_preactivation"):
-        cifar(f"resnet110_{placement}", he2016, 110, placement=placement)
-        cifar(f"resnet164_{placement}", he2016, 164, bottleneck=True, placement=placement)
-    for weights in WEIGHTS:
-        cifar(f"resnet110_{weights}", he2016, 110, weights=weights)
+        cifar(postactivated, f"resnet{depth}", he2016, depth, bottleneck=True)
+    cifar(postactivated, "resnet110_one_layer_skip", he2016, 110, one_layer_skip=True)
     for depth, sizes in BASIC_STAGES.items():
-        imagenet(f"resnet{depth}", *sizes)
-        imagenet(f"resnet{depth}_a", *sizes, shortcut="A")
-        imagenet(f"resnet{depth}_c", *sizes, shortcut="C")
-        imagenet(f"plain{depth}", *sizes, plain=True)
-        imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, **preactivated)
-    # Pre-activated ones follow fb.resnet.torch, which the 2016 paper's release builds on.
-    strided = {"strided_conv": 2, **preactivated}
+        imagenet(postactivated, f"resnet{depth}", he2015, *sizes)
+        imagenet(postactivated, f"resnet{depth}_a", he2015, *sizes, shortcut="A")
+        imagenet(postactivated, f"resnet{depth}_c", he2015, *sizes, shortcut="C")
     for depth, sizes in BOTTLENECK_STAGES.items():
-        imagenet(f"resnet{depth}", *sizes, bottleneck=True)
-        imagenet(f"preact_resnet{depth}", *sizes, paper=he2016, bottleneck=True, **strided)
-    imagenet("preact_resnet200", 3, 24, 36, 3, paper=he2016, bottleneck=True, **strided)
+        imagenet(postactivated, f"resnet{depth}", he2015, *sizes, bottleneck=True)
+
+    for depth in (20, 32, 44, 56, 110):
+        cifar(plain_nets, f"plain{depth}", he2015, depth, plain=True)
+    for depth, sizes in BASIC_STAGES.items():
+        imagenet(plain_nets, f"plain{depth}", he2015, *sizes, plain=True)
+
+    full = {"placement": "full_preactivation"}
+    cifar(preactivated, "preact_resnet110", he2016, 110, **full)
+    cifar(preactivated, "preact_resnet110_one_layer_skip", he2016, 110, one_layer_skip=True, **full)
+    for depth in (164, 1001):
+        cifar(preactivated, f"preact_resnet{depth}", he2016, depth, bottleneck=True, **full)
+    for depth, sizes in BASIC_STAGES.items():
+        imagenet(preactivated, f"preact_resnet{depth}", he2016, *sizes, **full)
+    # Pre-activated ones follow fb.resnet.torch, which the 2016 paper's release builds on.
+    strided = {"bottleneck": True, "strided_conv": 2, **full}
+    for depth, sizes in {**BOTTLENECK_STAGES, 200: (3, 24, 36, 3)}.items():
+        imagenet(preactivated, f"preact_resnet{depth}", he2016, *sizes, **strided)
+
+    for placement in ("norm_after_addition", "relu_before_addition", "relu_only_preactivation"):
+        options = {"placement": placement}
+        cifar(variants, f"resnet110_{placement}", he2016, 110, **options)
+        cifar(variants, f"resnet164_{placement}", he2016, 164, bottleneck=True, **options)
+    for weights in WEIGHTS:
+        cifar(variants, f"resnet110_{weights}", he2016, 110, weights=weights)
+
     for depth, cardinality, base_width in (
         *((29, c, d) for c, d in ((8, 64), (16, 64), (1, 64), (32, 4))),
         *((50, c, d) for c, d in ((32, 4), (2, 40), (4, 24), (8, 14))),
@@ -255,16 +297,67 @@ def _zoo() -> dict[str, Entry]:
         (161, (6, 12, 36, 24), 48),
     ):
         build = partial(imagenet_densenet, sizes, growth_rate)
-        zoo[f"densenet{depth}"] = Entry(build, IMAGENET, 1000, DENSENET)
+        zoo[f"densenet{depth}"] = Entry(build, IMAGENET, 1000, DENSENET, "DenseNet")
+
+    def classic(family, paper, image_shape, num_classes, name, build, *args, **options):
+        build = partial(build, *args, **options)
+        zoo[name] = Entry(build, image_shape, num_classes, paper, family)
+
+    highway = partial(classic, "highway and its plain nets", HIGHWAY)
+    highway(
+        *(CIFAR, 10, "highway19", HighwayNet, (4, 5, 5), (32, 80, 128)),
+        pool_windows=(2, 2, 0),
+        dropout_rates=(0.2, 0.2, 0.2, 0.2),
+        top_features=100,
+    )
+    for width in (16, 32):
+        highway(
+            *(MNIST, 10, f"highway10_width{width}", HighwayNet, (2, 3, 3), (width, width, width)),
+            transform_bias=-1.0,
+            first_kernel=5,
+            first_padding=0,
+            pool_windows=(3, 3, 2),
+            dropout_rates=(0.2, 0.3, 0.4, 0.5),
+        )
+    for depth in (10, 20, 50, 100):
+        for kind in ("highway", "plain"):
+            zoo[f"{kind}_fc{depth}"] = _fully_connected_entry(depth, kind == "plain")
+
+    vgg = partial(classic, "VGG", "Simonyan & Zisserman 2014", IMAGENET, 1000)
+    widths = (64, 128, 256, 512, 512)
+    vgg("vgg16", VGG, (2, 2, 3, 3, 3), widths)
+    vgg("vgg16_bn", VGG, (2, 2, 3, 3, 3), widths, normalise=True)
+    vgg("vgg19", VGG, (2, 2, 4, 4, 4), widths)
+    vgg("vgg19_bn", VGG, (2, 2, 4, 4, 4), widths, normalise=True)
+    small = {"hidden": (), "normalise": True}
+    vgg = partial(classic, "VGG", "none; a convention of public code", CIFAR, 10)
+    vgg("cifar_vgg19_bn", VGG, (2, 2, 4, 4, 4), widths, **small)
+    # The paper gives 15 layers of width 128; how they are dealt out to stages is ours.
+    vgg = partial(classic, "VGG", "Veit et al. 2016", CIFAR, 10)
+    vgg("vgg15_width128", VGG, (2, 3, 3, 3, 3), (128,) * 5, **small)
+
+    alexnet = partial(classic, "AlexNet")
+    alexnet("Krizhevsky et al. 2012", (227, 227, 3), 1000, "alexnet", two_tower_alexnet)
+    alexnet("Krizhevsky 2014", IMAGENET, 1000, "alexnet_single_tower", single_tower_alexnet)
+    alexnet("none; a convention of public code", CIFAR, 10, "cifar_alexnet", cifar_alexnet)
+    googlenet = partial(classic, "GoogLeNet", "Szegedy et al. 2014", IMAGENET, 1000)
+    googlenet("googlenet", GoogLeNet)
+    googlenet("googlenet_bn", GoogLeNet, normalise=True)
     return zoo
 
 
 ZOO = _zoo()
 
 
-def list_models() -> list[str]:
-    """The names that the papers use; `create_model` also builds CIFAR nets of any other depth."""
-    return list(ZOO)
+def list_models() -> dict[str, dict[str, Entry]]:
+    """The papers' networks: family -> name -> entry, with `paper`, `parameters` and more.
+
+    `create_model` also builds many of other sizes (see `find`). `python -m resvariants` prints it.
+    """
+    return {
+        family: {name: entry for name, entry in ZOO.items() if entry.family == family}
+        for family in dict.fromkeys(entry.family for entry in ZOO.values())
+    }
 
 
 def find(name: str) -> Entry:
@@ -273,7 +366,7 @@ def find(name: str) -> Entry:
     `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2), the same after
     `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`;
     `resnext29_4x32d` (9n+2 layers for CIFAR; 50, 101 or 152 for ImageNet), `densenet22_k12` (3n+4),
-    `densenet_bc22_k12` (6n+4).
+    `densenet_bc22_k12` (6n+4); `highway_fc30`, `plain_fc30` (fully connected, any depth).
 
     Raises:
       InputError: no such name, or no such depth.
@@ -300,6 +393,8 @@ def _of_another_size(name):
     if match := re.fullmatch(r"densenet(_bc)?(\d+)_k(\d+)", name):
         bc, depth, growth_rate = match.groups()
         return _densenet_entry(int(depth), int(growth_rate), bc=bc is not None)
+    if match := re.fullmatch(r"(highway|plain)_fc(\d+)", name):
+        return _fully_connected_entry(int(match[2]), plain=match[1] == "plain")
     if match := re.fullmatch(r"(?:cifar_)?(preact_)?(resnet|plain)(\d+)(_bottleneck)?", name):
         preactivated, kind, depth, bottleneck = match.groups()
         build = partial(
@@ -310,7 +405,7 @@ def _of_another_size(name):
             placement="full_preactivation" if preactivated else "original",
         )
         build()  # raises if no whole number of units gives the depth
-        return Entry(build, CIFAR, 10, "He et al. 2015, another depth")
+        return Entry(build, CIFAR, 10, "He et al. 2015, another depth", "other sizes")
     return None
 
 
@@ -318,7 +413,7 @@ def create_model(name: str, num_classes: int | None = None, **options) -> nn.Mod
     """The network called `name`; `model.init(key, images, train=False)` gives its variables.
 
     Args:
-      name: one of `list_models()`, or a CIFAR net of another depth (see `find`).
+      name: one of `list_models()`, or a net of another size (see `find`).
       num_classes: length of the logits; None is the paper's own data set's, 0 gives features.
       options: attributes of the network (see `ResNet`) and of its builder, such as `remat="block"`,
         `dtype=jnp.bfloat16`, `survival_probability=0.5`, `shortcut="B"`.

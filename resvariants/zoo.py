@@ -294,6 +294,7 @@ def _zoo() -> dict[str, Entry]:
         (169, (6, 12, 32, 32), 32),
         (201, (6, 12, 48, 32), 32),
         (264, (6, 12, 64, 48), 32),
+        ("264_k48", (6, 12, 64, 48), 48),
         (161, (6, 12, 36, 24), 48),
     ):
         build = partial(imagenet_densenet, sizes, growth_rate)
@@ -419,7 +420,8 @@ def create_model(name: str, num_classes: int | None = None, **options) -> nn.Mod
         `dtype=jnp.bfloat16`, `survival_probability=0.5`, `shortcut="B"`.
 
     Raises:
-      InputError: unknown name, with the nearest ones, or impossible depth, with valid ones nearby.
+      InputError: unknown name, with the nearest ones, or impossible depth, with valid ones nearby,
+        or an option that the network does not have.
     """
     entry = find(name)
     try:
@@ -427,9 +429,11 @@ def create_model(name: str, num_classes: int | None = None, **options) -> nn.Mod
             num_classes=entry.num_classes if num_classes is None else num_classes, **options
         )
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        message = str(error)
+        if "unexpected keyword argument" not in message and "multiple values" not in message:
             raise
-        option = str(error).split("'")[1]
+        option = message.split("'")[1]
+        says = "has no" if "unexpected" in message else "already fixes"
         raise InputError(
-            f"{name} has no option {option!r}; its class documents those it has"
+            f"{name} {says} option {option!r}; its class documents those that can be chosen"
         ) from None

@@ -4,7 +4,7 @@ import pytest
 
 from resvariants import InputError, create_model, list_models
 from resvariants.summary import abstract_variables, count_parameters, format_summary, summarise
-from resvariants.zoo import ZOO, cifar_resnet, find
+from resvariants.zoo import cifar_resnet, find
 
 # Section 4.2 and table 6 of He et al. 2015, and He et al. 2016: convolutions, BatchNorm scales and
 # biases, and the classifier, for 10 classes.
@@ -94,22 +94,90 @@ DENSENET_PARAMETERS = {
     "densenet201": 20_013_928,
     "densenet161": 28_681_000,
     "densenet264": 33_337_704,
+    "densenet264_k48": 72_686_632,
 }
-PARAMETERS = CIFAR_PARAMETERS | IMAGENET_PARAMETERS | RESNEXT_PARAMETERS | DENSENET_PARAMETERS
+CLASSIC_PARAMETERS = {
+    "highway19": 2_256_838,
+    "highway10_width16": 38_986,
+    "highway10_width32": 151_690,
+    # Srivastava et al. 2015, 3.1: 5,100 a layer of 50 highway blocks, 5,112 one of 71 units.
+    **{f"highway_fc{depth}": 39_250 + (depth - 1) * 5_100 + 510 for depth in (10, 20, 50, 100)},
+    **{f"plain_fc{depth}": 55_735 + (depth - 1) * 5_112 + 720 for depth in (10, 20, 50, 100)},
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_357_544 + 2 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512),
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+    "cifar_vgg19_bn": 20_040_522,
+    # Convolutions with biases and BatchNorm, and the classifier.
+    "vgg15_width128": (9 * 3 + 3) * 128 + 13 * (9 * 128 + 3) * 128 + 129 * 10,
+    "alexnet": 60_965_224,
+    "alexnet_single_tower": 61_100_840,
+    "cifar_alexnet": 2_472_266,
+    "googlenet": 13_378_280,  # with both auxiliary classifiers
+    "googlenet_bn": 7_005_832 + 13_378_280 - 6_998_552 + 2 * 128,
+}
+PARAMETERS = (
+    CIFAR_PARAMETERS
+    | IMAGENET_PARAMETERS
+    | RESNEXT_PARAMETERS
+    | DENSENET_PARAMETERS
+    | CLASSIC_PARAMETERS
+)
 
 
 def test_the_table_names_every_model():
-    assert set(list_models()) == set(PARAMETERS)
+    listed = [name for models in list_models().values() for name in models]
+    assert sorted(listed) == sorted(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_papers(name):
-    variables = abstract_variables(create_model(name), ZOO[name].image_shape)
-    assert count_parameters(variables["params"]) == PARAMETERS[name]
+    assert find(name).parameters == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("resnet20", 5_850), ("resnet110", 5_850), ("resnet164", 23_130)]
+    ("name", "options", "total"),
+    [
+        ("googlenet", {"auxiliary": False}, 6_998_552),
+        ("googlenet_bn", {"auxiliary": False}, 7_005_832),
+        ("resnext29_8x64d", {"placement": "full_preactivation"}, 34_423_114),
+        ("resnext29_16x64d", {"placement": "full_preactivation"}, 68_151_626),
+        # The public code's stem, twice the growth rate wide.
+        ("densenet40_k12", {"stem_features": 24}, 1_059_298),
+        ("densenet100_k12", {"stem_features": 24}, 7_083_538),
+        ("densenet100_k24", {"stem_features": 48}, 28_071_706),
+        # Option C without BatchNorm behind its 1x1 convolutions.
+        ("resnet110", {"shortcut": "C"}, 1_826_202),
+    ],
+)
+def test_parameters_of_variants_are_the_papers(name, options, total):
+    model = create_model(name, **options)
+    variables = abstract_variables(model, find(name).image_shape)
+    assert count_parameters(variables["params"]) == total
+
+
+def test_an_entry_knows_its_paper_and_family():
+    resnet, googlenet = find("resnet110"), find("googlenet")
+    assert (resnet.paper, resnet.family) == ("He et al. 2015", "ResNet")
+    assert list_models()["GoogLeNet"]["googlenet"] is googlenet
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("resnet20", 5_850),
+        ("resnet110", 5_850),
+        ("resnet164", 23_130),
+        ("resnext29_8x64d", 92_250),
+        ("resnext29_16x64d", 92_250),
+        ("highway19", 9_090),
+        ("densenet40_k12", 40_410),
+        ("densenet100_k12", 105_210),
+        ("densenet100_k24", 208_890),
+        ("densenet_bc100_k12", 30_870),
+        ("densenet_bc250_k24", 156_150),
+        ("densenet_bc190_k40", 197_190),
+    ],
 )
 def test_a_hundred_classes_cost_only_the_head(name, extra):
     variables = abstract_variables(create_model(name, num_classes=100), (32, 32, 3))
@@ -146,6 +214,7 @@ def _select(tree, word):
         ("resnet50", 3.8),
         ("resnet101", 7.6),
         ("resnet152", 11.3),
+        ("vgg19", 19.6),
     ],
 )
 def test_multiply_adds_are_table_1s(name, giga):
@@ -178,13 +247,28 @@ def test_the_summary_of_resnet20_by_hand():
         ("plain3", "8 (n=1)"),
         ("resnet30_bottleneck", "29 (n=3) or 38 (n=4)"),
         ("resnt110", "resnet110"),
-        ("vgg", "nearest"),
+        ("vgg", "nearest: vgg19, vgg16"),
+        ("densenet41_k12", "40 (n=12) or 43 (n=13)"),
+        ("resnext30_8x64d", "29 (n=3) or 38 (n=4)"),
+        ("highway_fc1", "at least 2"),
     ],
 )
 def test_an_unknown_name_is_answered_with_valid_ones(name, says):
     with pytest.raises(InputError, match="unknown model") as caught:
         create_model(name)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "says"),
+    [
+        ("resnet20", {"cardinality": 8}, "resnet20 has no option 'cardinality'"),
+        ("densenet121", {"growth_rate": 8}, "densenet121 already fixes option 'growth_rate'"),
+    ],
+)
+def test_options_that_cannot_be_chosen_are_named(name, option, says):
+    with pytest.raises(InputError, match=says):
+        create_model(name, **option)
 
 
 def test_depths_outside_the_papers_are_built_by_rule():

@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     model.survival_draw = "batch"  # batch: one draw for all its images; example: drop path
 
     dataset = config.dataset = ConfigDict()
-    dataset.name = "digits"  # digits, cifar10, cifar100, svhn, svhn_extra, mnist, ...
+    # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist; imagenet2012 later
+    dataset.name = "digits"
     dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
     dataset.validation_size = 0  # training images held out, chosen independently of the seed
     dataset.normalisation = "per_pixel_mean"  # per_pixel_mean, channel or none

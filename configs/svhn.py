@@ -1,11 +1,11 @@
-"""Street View House Numbers, cropped, with the recipe of Huang et al. 2016 (stochastic depth).
+"""Street View House Numbers, cropped: the recipes of stochastic depth and of DenseNet.
 
     python experiments/train.py --config=configs/svhn.py:cifar_resnet152 \
         --config.dataset.data_dir=data --workdir=runs/svhn
 
-`--config.model.survival_probability=0.5` is stochastic depth. The paper holds out 400 training and
-200 extra images of each class and reports the epoch of lowest validation error; here 6,000 images
-are held out at random and the last epoch is reported. Its test errors are in
+`--config.model.survival_probability=0.5` is stochastic depth (Huang et al. 2016). The papers hold
+out 400 training and 200 extra images of each class and report the epoch of lowest validation error;
+here 6,000 images are held out at random and the last epoch is reported. Their test errors are in
 `resvariants/papers.py`.
 """
 
@@ -13,7 +13,10 @@ from configs import default
 
 
 def get_config(model: str = "cifar_resnet152"):
-    """50 epochs of train and extra images, no augmentation, rate divided by 10 after 30 and 35."""
+    """50 epochs of train and extra images, no augmentation, rate divided by 10 after 30 and 35.
+
+    DenseNets: 40 epochs with dropout, rate divided by 10 after 20 and 30 (Huang et al. 2017, 4.2).
+    """
     config = default.get_config()
     config.model.name = model
     config.dataset.name = "svhn_extra"
@@ -24,4 +27,10 @@ def get_config(model: str = "cifar_resnet152"):
     schedule.unit = "epochs"
     schedule.length = 50
     schedule.milestones = (30, 35)
+    if model.startswith("densenet"):
+        config.batch_size = 64
+        config.dataset.normalisation = "none"
+        config.model.dropout_rate = 0.2
+        schedule.length = 40
+        schedule.milestones = (20, 30)
     return config

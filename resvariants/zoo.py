@@ -243,7 +243,13 @@ def _zoo() -> dict[str, Entry]:
         cifar(postactivated, f"resnet{depth}", he2015, depth)
         cifar(postactivated, f"resnet{depth}_b", he2015, depth, shortcut="B")
     cifar(postactivated, "resnet110_c", he2016, 110, shortcut="C")
-    cifar(postactivated, "cifar_resnet152", "Huang et al. 2016", 152, shortcut="A_average")
+    average = {"shortcut": "A_average"}  # as in the stochastic-depth code
+    for name, depth in (
+        ("resnet110_average", 110),
+        ("cifar_resnet152", 152),
+        ("resnet1202_average", 1202),
+    ):
+        cifar(postactivated, name, "Huang et al. 2016", depth, **average)
     for depth in (164, 1001):
         cifar(postactivated, f"resnet{depth}", he2016, depth, bottleneck=True)
     cifar(postactivated, "resnet110_one_layer_skip", he2016, 110, one_layer_skip=True)

@@ -39,6 +39,7 @@ PREPARED_AS = {
     "cifar10": "cifar10/3.0.2",
     "cifar100": "cifar100/3.0.2",
     "svhn_extra": "svhn_cropped/3.1.0",
+    "mnist": "mnist/3.0.1",
     "fashion_mnist": "fashion_mnist/3.0.1",
 }
 
@@ -97,7 +98,7 @@ def write_svhn(folder):
         savemat(folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y})
 
 
-def write_fashion_mnist(folder):
+def write_fashion_mnist(folder):  # and MNIST, whose files have the same names
     for split, prefix in {"train": "train", "test": "t10k"}.items():
         images, labels = make_examples("fashion_mnist", split)
         header = np.array([2051, len(images), 28, 28], ">i4").tobytes()
@@ -159,7 +160,9 @@ def as_dict(images, labels):
     return {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "svhn_extra", "fashion_mnist"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar100", "svhn", "svhn_extra", "mnist", "fashion_mnist"]
+)
 def test_prepared_data_come_back_identical(name, prepared):
     entry = sources.DATA_SETS[name]
     source = sources.load(name, str(prepared))

@@ -295,16 +295,16 @@ def _zoo() -> dict[str, Entry]:
         zoo[f"densenet{depth}_k{growth_rate}"] = _densenet_entry(depth, growth_rate)
     for depth, growth_rate in ((100, 12), (250, 24), (190, 40)):
         zoo[f"densenet_bc{depth}_k{growth_rate}"] = _densenet_entry(depth, growth_rate, bc=True)
-    for depth, sizes, growth_rate in (
-        (121, (6, 12, 24, 16), 32),
-        (169, (6, 12, 32, 32), 32),
-        (201, (6, 12, 48, 32), 32),
-        (264, (6, 12, 64, 48), 32),
+    for size, sizes, growth_rate in (
+        ("121", (6, 12, 24, 16), 32),
+        ("169", (6, 12, 32, 32), 32),
+        ("201", (6, 12, 48, 32), 32),
+        ("264", (6, 12, 64, 48), 32),
         ("264_k48", (6, 12, 64, 48), 48),
-        (161, (6, 12, 36, 24), 48),
+        ("161", (6, 12, 36, 24), 48),
     ):
         build = partial(imagenet_densenet, sizes, growth_rate)
-        zoo[f"densenet{depth}"] = Entry(build, IMAGENET, 1000, DENSENET, "DenseNet")
+        zoo[f"densenet{size}"] = Entry(build, IMAGENET, 1000, DENSENET, "DenseNet")
 
     def classic(family, paper, image_shape, num_classes, name, build, *args, **options):
         build = partial(build, *args, **options)

@@ -341,6 +341,37 @@ def test_metrics_and_update_of_a_linear_model_are_the_formulas(smoothing):
         np.testing.assert_allclose(after.params["head"][name], expected, rtol=1e-4, atol=1e-7)
 
 
+class WithAuxiliaryHead(nn.Module):
+    """Two linear classifiers, one of them beside."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = x.reshape(len(x), -1)
+        if train or self.is_initializing():
+            logits = nn.Dense(CLASSES, name="beside")(x)
+            if not self.is_initializing():
+                self.sow("auxiliary_logits", "logits", logits)
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
+def test_auxiliary_classifiers_learn_by_their_weight(weight):
+    state, step = start(WithAuxiliaryHead(), SHAPE)
+    batch = make_batch(13, SHAPE, CLASSES)
+    after, metrics = jax.jit(partial(step, auxiliary_weight=weight))(state, batch)
+    main = linear_by_hand(state.params, batch)
+    beside = linear_by_hand({"head": state.params["beside"]}, batch)
+    assert float(metrics["loss"]) == pytest.approx(main["loss"], rel=1e-5)
+    assert float(metrics["error"]) == pytest.approx(main["error"], rel=1e-6)
+    for name, (gradients, scale) in {
+        "head": (main["gradients"], 1.0),
+        "beside": (beside["gradients"], weight),
+    }.items():
+        before = np.asarray(state.params[name]["bias"], np.float64)
+        expected = before - 0.1 * scale * gradients["bias"]
+        np.testing.assert_allclose(after.params[name]["bias"], expected, rtol=1e-4, atol=1e-7)
+
+
 def test_the_gradient_norm_is_told_before_clipping():
     batch = make_batch(13, SHAPE, CLASSES)
     norms = []

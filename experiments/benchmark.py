@@ -2,6 +2,7 @@
 
 python experiments/benchmark.py compile [--models resnet20 resnet110 resnet1202] [--rounds 5]
 python experiments/benchmark.py step [--model resnet20] [--batch_size 128] [--rounds 7]
+python experiments/benchmark.py models [--models resnet50 resnext50_32x4d ...] [--batch_size 2]
 
 Everything compared is measured in one process, the contenders in turn, on random images.
 """
@@ -21,6 +22,7 @@ from flax import linen as nn
 from configs import default
 from resvariants import InputError, create_model
 from resvariants.loop import describe_devices
+from resvariants.summary import count_parameters
 from resvariants.train import create_state, make_optimizer, make_schedule, train_step
 from resvariants.zoo import find
 
@@ -130,6 +132,27 @@ def measure_step(name: str, batch_size: int, rounds: int) -> None:
         )
 
 
+def measure_models(models: list[str], batch_size: int) -> None:
+    """Prints for each network at its full size what a train step takes, and its loss."""
+    print(f"batch {batch_size}, {describe_devices()}; seconds of the second and third step's mean")
+    print("| model | images | parameters | compile s | step s | loss |\n|---|---|---|---|---|---|")
+    for name in models:
+        shape = find(name).image_shape
+        step, state, batch = jitted_step(create_model(name), shape, batch_size)
+        parameters = count_parameters(state.params)
+        start = time.perf_counter()
+        compiled = step.lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - start
+        state, metrics = jax.block_until_ready(compiled(state, batch))
+        loss = float(metrics["loss"])
+        start = time.perf_counter()
+        for _ in range(2):
+            state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+        cells = f"{compile_seconds:.1f} | {(time.perf_counter() - start) / 2:.2f} | {loss:.2f}"
+        print(f"| {name} | {'x'.join(map(str, shape))} | {parameters:,} | {cells} |", flush=True)
+
+
 def main() -> None:
     """Reads the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -144,9 +167,16 @@ def main() -> None:
     step_parser.add_argument("--model", default="resnet20")
     step_parser.add_argument("--batch_size", type=int, default=128)
     step_parser.add_argument("--rounds", type=int, default=7)
+    models_parser = what.add_parser("models", help="a train step of any networks at full size")
+    models_parser.add_argument(
+        "--models", nargs="+", default=["resnet50", "resnext50_32x4d", "densenet121"]
+    )
+    models_parser.add_argument("--batch_size", type=int, default=2)
     args = parser.parse_args()
     if args.what == "compile":
         measure_compile(args.models, args.batch_size, args.rounds)
+    elif args.what == "models":
+        measure_models(args.models, args.batch_size)
     else:
         measure_step(args.model, args.batch_size, args.rounds)
 

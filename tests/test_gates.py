@@ -73,6 +73,34 @@ def test_units_survive_as_often_as_the_schedule_says(net):
     assert 0 < flags.sum() < flags.size
 
 
+@pytest.mark.parametrize("name", ["preact_resnet20", "resnext29_2x64d", "resnet1202"])
+def test_every_kind_of_unit_can_be_dropped(name):
+    """Half a thousand units, or nine: as many survive as may, and evaluation scales all of them."""
+    narrow = {"features": (64,) * 3 if "resnext" in name else (4,) * 3, "stem_features": 4}
+    model = create_model(name, survival_probability=0.5).clone(**narrow)
+    variables, x = random_variables(model, TINY), images(2, *TINY)
+    survival = linear_decay(model.num_units)
+
+    def run(train, gates=None, key=0):
+        return jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))(
+            variables, x, gates=gates, rngs={"stochastic_depth": jax.random.key(key)}
+        )
+
+    np.testing.assert_array_equal(run(False)[0], run(False, survival)[0])
+    before, after = variables["batch_stats"], run(True)[1]["batch_stats"]
+    norm = "norm2"  # inside every branch; the first one may be shared with the shortcut
+    moved = [
+        (before[stage][part][norm]["mean"] != after[stage][part][norm]["mean"]).any(-1)
+        for stage in ("stage1", "stage2", "stage3")
+        for part in ("first", "rest")
+    ]
+    kept = np.concatenate([np.atleast_1d(flags) for flags in moved])
+    assert len(kept) == model.num_units
+    deviation = np.sqrt(np.sum(survival * (1 - survival)))
+    assert abs(kept.sum() - survival.sum()) < 4 * deviation
+    np.testing.assert_allclose(run(True)[0], run(True, jnp.asarray(kept))[0], atol=1e-5)
+
+
 def test_the_same_key_drops_the_same_units(net):
     *_, trained = net
     first, second = trained(jax.random.key(5)), trained(jax.random.key(5))

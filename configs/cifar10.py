@@ -10,6 +10,7 @@ Stochastic depth has `configs/stochastic_depth.py`. DenseNets trained without au
 """
 
 from configs import default
+from resvariants import zoo
 
 # Nets that start at a rate of 0.01 until they have begun to learn. He et al. 2015 wait for a
 # training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all (and
@@ -36,10 +37,9 @@ CONVENTION = {
     "schedule.length": 164,
     "schedule.milestones": (81, 122),
 }
-# By the beginning of the network's name.
 RECIPES = {
-    "resnext": {**TORCH, **EPOCHS_300, "optimizer.weight_decay": 5e-4},  # Xie et al. 2016, appendix
-    "densenet": {**TORCH, **EPOCHS_300, "batch_size": 64},  # Huang et al. 2017, 4.2
+    "ResNeXt": {**TORCH, **EPOCHS_300, "optimizer.weight_decay": 5e-4},  # Xie et al. 2016, appendix
+    "DenseNet": {**TORCH, **EPOCHS_300, "batch_size": 64},  # Huang et al. 2017, 4.2
     # Srivastava et al. 2015, by their public solver. There the classifier's weight decay is ten
     # times larger, biases learn twice as fast, and images have their contrast normalised.
     "highway": {
@@ -51,13 +51,13 @@ RECIPES = {
         "schedule.learning_rate": 0.025,
         "schedule.milestones": (100_000, 150_000, 175_000),
     },
-    "cifar_vgg": CONVENTION,
-    "cifar_alexnet": CONVENTION,
+    "VGG": CONVENTION,
+    "AlexNet": CONVENTION,
 }
 
 
 def get_config(model: str = "resnet110"):
-    """Batch 128, rate 0.1 divided by 10 twice, within 64,000 steps, but for `RECIPES`."""
+    """Batch 128, rate 0.1 divided by 10 twice, within 64,000 steps, but for `RECIPES`' families."""
     config = default.get_config()
     config.model.name = model
     config.dataset.name = "cifar10"
@@ -66,9 +66,7 @@ def get_config(model: str = "resnet110"):
     name = model.removeprefix("cifar_")
     if name.startswith("preact_") or name.split("_")[0] in WARMUP_MODELS:
         config.schedule.warmup = 400
-    for family, recipe in RECIPES.items():
-        if model.startswith(family):
-            config.update_from_flattened_dict(recipe)
+    config.update_from_flattened_dict(RECIPES.get(zoo.find(model).family, {}))
     config.eval_every_epochs = 5.0
     config.checkpoint_every_epochs = 5.0
     return config

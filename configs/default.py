@@ -18,13 +18,14 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # what the backward pass recomputes: none, block or sqrt
     # Units per iteration of the compiled loop; 0 is no loop, None no loop in stages of three units.
     model.unroll = placeholder(int)
-    model.dropout_rate = placeholder(float)  # None is the network's own, where it has dropout
+    # Of DenseNet, VGG, AlexNet and GoogLeNet's main classifier; None is the network's own.
+    model.dropout_rate = placeholder(float)
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
     model.survival_draw = "batch"  # batch: one draw for all its images; example: drop path
 
     dataset = config.dataset = ConfigDict()
-    # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist; imagenet2012 later
+    # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist
     dataset.name = "digits"
     dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
     dataset.validation_size = 0  # training images held out, chosen independently of the seed

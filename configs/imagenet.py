@@ -9,26 +9,23 @@ are those of public code, as noted.
 """
 
 from configs import default
+from resvariants import zoo
 
 # fb.resnet.torch and what builds on it.
 TORCH = {"optimizer.nesterov": True, "optimizer.weight_decay_parameters": ""}
-# By the beginning of the network's name.
 RECIPES = {
-    "resnext": {
-        **TORCH,
-        "schedule.length": 100,
-        "schedule.milestones": (30, 60, 90),
-    },  # Xie et al. 2016, 4
-    "densenet": TORCH,  # Huang et al. 2017, 4.2
+    # Xie et al. 2016, 4, and their code.
+    "ResNeXt": {**TORCH, "schedule.length": 100, "schedule.milestones": (30, 60, 90)},
+    "DenseNet": TORCH,  # Huang et al. 2017, 4.2
     # Simonyan & Zisserman 2014, 3.1: lowered three times within 74 epochs, when is not said.
-    "vgg": {
+    "VGG": {
         "optimizer.weight_decay": 5e-4,
         "schedule.length": 74,
         "schedule.learning_rate": 0.01,
         "schedule.milestones": (20, 40, 60),
     },
     # Krizhevsky et al. 2012, 5: lowered three times within about 90 epochs; when is Caffe's.
-    "alexnet": {
+    "AlexNet": {
         "batch_size": 128,
         "optimizer.weight_decay": 5e-4,
         "schedule.length": 90,
@@ -37,7 +34,7 @@ RECIPES = {
     },
     # Szegedy et al. 2014, 6: 4 % less every 8 epochs; the other numbers are Caffe's. (The paper's
     # steps are asynchronous, and it averages parameters over them.)
-    "googlenet": {
+    "GoogLeNet": {
         "batch_size": 32,
         "optimizer.weight_decay": 2e-4,
         "schedule.length": 250,
@@ -49,7 +46,8 @@ RECIPES = {
 
 
 def get_config(model: str = "resnet50"):
-    """Batch 256, rate 0.1 divided by 10 after epochs 30 and 60 of 90, but for `RECIPES`.
+    """Batch 256, rate 0.1 divided by 10 after epochs 30 and 60 of 90, but for `RECIPES`'
+    families.
 
     That is He et al. 2016; He et al. 2015 lower the rate when the error stands still, within
     600,000 steps.
@@ -64,7 +62,5 @@ def get_config(model: str = "resnet50"):
     config.schedule.unit = "epochs"
     config.schedule.length = 90
     config.schedule.milestones = (30, 60)
-    for family, recipe in RECIPES.items():
-        if model.startswith(family):
-            config.update_from_flattened_dict(recipe)
+    config.update_from_flattened_dict(RECIPES.get(zoo.find(model).family, {}))
     return config

@@ -5,15 +5,17 @@
 
 The constant-depth net beside it has `--config.model.survival_probability=1`; CIFAR-100 has
 `--config.dataset.name=cifar100`; SVHN has `configs/svhn.py`. The paper reports the epoch of lowest
-validation error, this library the last one. Its test errors are in `resvariants/papers.py`.
+validation error, this library the last one. Its test errors are in `resvariants/papers.py`. (Its
+ResNet-152 has the strides in the 3x3 convolutions; `resnet152` has them in the first 1x1.)
 """
 
 from configs import default, imagenet
+from resvariants import zoo
 
 
 def get_config(model: str = "resnet110_average"):
-    """45,000 images for 500 epochs; depth 1202: 300 epochs with a warm-up; resnet152: ImageNet."""
-    if model == "resnet152":
+    """45,000 CIFAR images for 500 epochs, or 300 with a warm-up at depth 1202; ImageNet for 120."""
+    if zoo.find(model).image_shape == zoo.IMAGENET:
         config = imagenet.get_config(model)
         config.batch_size = 128
         config.schedule.length = 120

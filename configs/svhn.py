@@ -10,6 +10,7 @@ here 6,000 images are held out at random and the last epoch is reported. Their t
 """
 
 from configs import default
+from resvariants import zoo
 
 
 def get_config(model: str = "cifar_resnet152"):
@@ -27,7 +28,7 @@ def get_config(model: str = "cifar_resnet152"):
     schedule.unit = "epochs"
     schedule.length = 50
     schedule.milestones = (30, 35)
-    if model.startswith("densenet"):
+    if zoo.find(model).family == "DenseNet":
         config.batch_size = 64
         config.dataset.normalisation = "none"
         config.model.dropout_rate = 0.2

@@ -19,7 +19,8 @@ from resvariants.gates import check_gates, gates_by_stage
 from resvariants.layers import (
     ModuleFactory,
     batch_norm,
-    check_image_size,
+    check_dropout_rate,
+    check_size,
     classify,
     conv,
     he_normal,
@@ -64,7 +65,11 @@ def hidden_layers(
 
     Returns:
       The last one's output, and the outputs by name.
+
+    Raises:
+      InputError: dropout rate outside [0, 1).
     """
+    check_dropout_rate(dropout_rate)
     outputs = {}
     for i, size in enumerate(sizes, 1):
         name = f"hidden{i}"
@@ -76,12 +81,15 @@ def hidden_layers(
 class VGG(nn.Module):
     """Stages of 3x3 convolutions with max pooling after each (Simonyan & Zisserman 2014, table 1).
 
+    Convolutions have He initialisation (the paper begins deep nets with the layers of a shallow
+    one), fully connected layers a normal one of deviation 0.01.
+
     Attributes:
       stage_sizes: convolutions in each stage.
       features: channels of each stage.
       num_classes: length of the logits; 0 gives the features before the classifier instead.
       hidden: sizes of the fully connected layers before the classifier.
-      normalise: BatchNorm after every convolution. (They keep their biases, as in public code.)
+      batch_normed: BatchNorm after every convolution. (They keep their biases, as in public code.)
       dropout_rate: after the hidden layers; needs the rng stream `dropout` in training.
       remat, unroll, dtype, axis_name: see `ResNet`.
     """
@@ -90,7 +98,7 @@ class VGG(nn.Module):
     features: Sequence[int]
     num_classes: int
     hidden: Sequence[int] = (4096, 4096)
-    normalise: bool = False
+    batch_normed: bool = False
     dropout_rate: float = 0.5
     remat: str = "none"
     unroll: int | bool | None = None
@@ -127,7 +135,7 @@ class VGG(nn.Module):
         Raises:
           InputError: gates of another shape, or images that the pooling would use up.
         """
-        check_image_size(images, 2 ** len(self.stage_sizes))
+        check_size("images", images, 2 ** len(self.stage_sizes))
         if gates is not None:
             gates = check_gates(gates, self.num_units)
         norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
@@ -136,9 +144,10 @@ class VGG(nn.Module):
             branch=single_branch,
             merge=plain_merge,
             conv=partial(conv, use_bias=True, dtype=self.dtype),
-            norm=norm if self.normalise else no_norm,
+            norm=norm if self.batch_normed else no_norm,
         )
-        x, outputs = images, {}
+        # A gate blends a layer with its input: both of one type, also where the image is the input.
+        x, outputs = images.astype(self.dtype or images.dtype), {}
         by_stage = gates_by_stage(gates, self.stage_sizes)
         for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
             name = f"stage{i + 1}"
@@ -148,7 +157,7 @@ class VGG(nn.Module):
         x, hidden = hidden_layers(
             flatten(x), self.hidden, self.dropout_rate, train, **dense_options
         )
-        outputs |= hidden | classify(x, self.num_classes)
+        outputs |= hidden | classify(x, self.num_classes, kernel_init=gaussian)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
 
@@ -157,7 +166,7 @@ class HighwayNet(nn.Module):
 
     Dropout, an ordinary layer `transition` with ReLU where the width changes, highway layers, and
     max pooling, stage after stage; dropout and a linear classifier. The gate vector has one gate
-    for each highway layer.
+    for each highway layer. All weights have Glorot's (Xavier's) uniform initialisation.
 
     Attributes:
       stage_sizes: highway layers in each stage.
@@ -167,8 +176,9 @@ class HighwayNet(nn.Module):
       fully_connected: of pixels in any order, instead of convolutional; no pooling.
       transform_bias: of the transform gates at first; more negative for deeper nets.
       first_kernel, first_padding: of the first convolution.
-      pool_windows: of the max pooling of stride 2 after each stage; 0 is none.
+      pool_windows: of the max pooling of stride 2 after each stage; 0 is none. Empty: none at all.
       dropout_rates: before each stage and before the classifier; needs the rng stream `dropout`.
+        Empty: none at all.
       top_features: width of a last 1x1 convolution with ReLU and average pooling; 0 flattens.
       remat, unroll, dtype, axis_name: see `ResNet` (there is no BatchNorm).
     """
@@ -181,8 +191,8 @@ class HighwayNet(nn.Module):
     transform_bias: float = -2.0
     first_kernel: int = 3
     first_padding: int = 1
-    pool_windows: Sequence[int] = (0,)
-    dropout_rates: Sequence[float] = (0.0, 0.0)
+    pool_windows: Sequence[int] = ()
+    dropout_rates: Sequence[float] = ()
     top_features: int = 0
     remat: str = "none"
     unroll: int | bool | None = None
@@ -215,12 +225,23 @@ class HighwayNet(nn.Module):
           Logits (batch, num_classes), at least float32.
 
         Raises:
-          InputError: gates of another shape, or images that the pooling would use up.
+          InputError: gates of another shape, images that the pooling would use up, or attributes
+            of unequal length.
         """
+        stages = len(self.stage_sizes)
+        windows = self.pool_windows or (0,) * stages
+        rates = self.dropout_rates or (0.0,) * (stages + 1)
+        if not len(self.features) == len(windows) == len(rates) - 1 == stages:
+            raise InputError(
+                f"{stages} stages take {stages} features and pool_windows and {stages + 1}"
+                f" dropout_rates, not {len(self.features)}, {len(windows)} and {len(rates)}"
+            )
+        for rate in rates:
+            check_dropout_rate(rate)
         if gates is not None:
             gates = check_gates(gates, self.num_units)
         lost = 0 if self.fully_connected else self.first_kernel - 1 - 2 * self.first_padding
-        check_image_size(images, lost + 2 ** sum(window > 0 for window in self.pool_windows))
+        check_size("images", images, lost + 2 ** sum(window > 0 for window in windows))
         layer = partial(
             dense if self.fully_connected else conv,
             use_bias=True,
@@ -236,7 +257,7 @@ class HighwayNet(nn.Module):
         by_stage = gates_by_stage(gates, self.stage_sizes)
         kernel, padding = self.first_kernel, self.first_padding
         for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
-            x = nn.Dropout(self.dropout_rates[i], deterministic=not train)(x)
+            x = nn.Dropout(rates[i], deterministic=not train)(x)
             if i == 0 or features != x.shape[-1]:
                 name = f"transition{i + 1}"
                 x = nn.relu(layer(features, kernel, padding=padding, name=name)(x))
@@ -245,14 +266,14 @@ class HighwayNet(nn.Module):
             name = f"stage{i + 1}"
             stage = Stage(unit, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
             x = stage(x, by_stage[i])
-            if self.pool_windows[i]:
-                x = halving_max_pool(x, self.pool_windows[i])
+            if windows[i]:
+                x = halving_max_pool(x, windows[i])
             outputs[name] = x
         if self.top_features:
             x = outputs["top"] = nn.relu(layer(self.top_features, 1, name="top")(x))
             x = x.mean((1, 2))
-        x = nn.Dropout(self.dropout_rates[-1], deterministic=not train)(flatten(x))
-        outputs |= classify(x, self.num_classes)
+        x = nn.Dropout(rates[-1], deterministic=not train)(flatten(x))
+        outputs |= classify(x, self.num_classes, kernel_init=xavier)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
 
@@ -269,8 +290,9 @@ def fully_connected_net(
     Args:
       depth: layers before the softmax: an ordinary one and depth - 1 highway layers of 50 blocks,
         or with `plain` ordinary layers of 71 units, which have as many parameters.
-      options: further attributes of `HighwayNet`. `transform_bias` is -4 unless given: the paper's
-        best of -1 to -10 is -2 for 50 layers on MNIST and -4 on CIFAR-100.
+      options: further attributes of `HighwayNet`. `transform_bias` is -4 unless given, with which a
+        hundred layers train (at -2 their signal fades); the paper's best of -1 to -10 is -2 for 50
+        layers on MNIST and -4 on CIFAR-100.
 
     Raises:
       InputError: depth below 2.
@@ -289,7 +311,7 @@ class AlexNet(nn.Module):
       num_classes: length of the logits; 0 gives the features before the classifier instead.
       towers: 2: the second, fourth and fifth convolution see half of the channels each, as on the
         paper's two GPUs.
-      normalise: local response normalisation after the first two convolutions.
+      response_normed: local response normalisation after the first two convolutions.
       first_padding: of the first convolution, 11x11 with stride 4.
       pool_window: of the max pooling of stride 2 after the first, second and fifth.
       hidden: sizes of the fully connected layers before the classifier.
@@ -301,7 +323,7 @@ class AlexNet(nn.Module):
     features: Sequence[int]
     num_classes: int
     towers: int = 1
-    normalise: bool = False
+    response_normed: bool = False
     first_padding: int = 2
     pool_window: int = 3
     hidden: Sequence[int] = (4096, 4096)
@@ -326,9 +348,12 @@ class AlexNet(nn.Module):
           Logits (batch, num_classes), at least float32.
 
         Raises:
-          InputError: images that the strides would use up.
+          InputError: images that the strides would use up, or channels that the towers cannot
+            share.
         """
-        check_image_size(images, 11 + 4 * (2**3 - 1) - 2 * self.first_padding)
+        if any(features % self.towers for features in self.features):
+            raise InputError(f"{self.towers} towers cannot share {tuple(self.features)} channels")
+        check_size("images", images, 11 + 4 * (2**3 - 1) - 2 * self.first_padding)
         make_conv = partial(conv, use_bias=True, kernel_init=self.kernel_init, dtype=self.dtype)
         ones = nn.initializers.constant(self.bias)
         zeros = nn.initializers.zeros_init()
@@ -344,7 +369,7 @@ class AlexNet(nn.Module):
         for i, (features, options) in enumerate(zip(self.features, geometry, strict=True), 1):
             name = f"conv{i}"
             x = nn.relu(make_conv(features, name=name, **options)(x))
-            if i <= 2 and self.normalise:
+            if i <= 2 and self.response_normed:
                 x = local_response_norm(x)
             if i in (1, 2, 5):
                 x = halving_max_pool(x, self.pool_window)
@@ -353,13 +378,13 @@ class AlexNet(nn.Module):
         x, hidden = hidden_layers(
             flatten(x), self.hidden, self.dropout_rate, train, **dense_options
         )
-        outputs |= hidden | classify(x, self.num_classes)
+        outputs |= hidden | classify(x, self.num_classes, kernel_init=self.kernel_init)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
 
 def two_tower_alexnet(num_classes: int = 1000, **options) -> AlexNet:
     """The paper's, for crops of 227x227 (it says 224, which its strides do not fit)."""
-    options = {"towers": 2, "normalise": True, "first_padding": 0, **options}
+    options = {"towers": 2, "response_normed": True, "first_padding": 0, **options}
     return AlexNet((96, 256, 384, 384, 256), num_classes, **options)
 
 
@@ -375,13 +400,29 @@ def cifar_alexnet(num_classes: int = 10, **options) -> AlexNet:
     return single_tower_alexnet(num_classes, **options)
 
 
+class ConvLayer(nn.Module):
+    """A convolution, BatchNorm if there is a `norm`, and ReLU."""
+
+    features: int
+    kernel_size: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, height, width, channels) -> the same over `strides`, with `features`."""
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
+        return nn.relu(self.norm(name="norm")(x))
+
+
 class Inception(nn.Module):
     """1x1, 3x3, 5x5 convolutions and max pooling side by side (Szegedy et al. 2014, fig. 2b).
 
     Attributes:
       features: of the 1x1; of the 3x3's reduction and itself; of the 5x5's; of the projection
         after pooling.
-      layer: a function `(features, kernel_size, name, x) -> x`: convolution and ReLU.
+      layer: a factory of `ConvLayer`s.
     """
 
     features: Sequence[int]
@@ -393,10 +434,10 @@ class Inception(nn.Module):
         one, reduce3, three, reduce5, five, project = self.features
         pooled = nn.max_pool(x, (3, 3), (1, 1), [(1, 1), (1, 1)])
         branches = [
-            self.layer(one, 1, "conv1", x),
-            self.layer(three, 3, "conv3", self.layer(reduce3, 1, "reduce3", x)),
-            self.layer(five, 5, "conv5", self.layer(reduce5, 1, "reduce5", x)),
-            self.layer(project, 1, "project", pooled),
+            self.layer(one, 1, name="conv1")(x),
+            self.layer(three, 3, name="conv3")(self.layer(reduce3, 1, name="reduce3")(x)),
+            self.layer(five, 5, name="conv5")(self.layer(reduce5, 1, name="reduce5")(x)),
+            self.layer(project, 1, name="project")(pooled),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -412,7 +453,7 @@ class AuxiliaryHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, height, width, channels) -> logits, at least float32."""
-        x = self.layer(128, 1, "conv", nn.avg_pool(x, (5, 5), (3, 3)))
+        x = self.layer(128, 1, name="conv")(nn.avg_pool(x, (5, 5), (3, 3)))
         x, _ = hidden_layers(flatten(x), (1024,), 0.7, self.train, dtype=self.dtype)
         return classify(x, self.num_classes)["logits"]
 
@@ -440,14 +481,15 @@ class GoogLeNet(nn.Module):
     Attributes:
       num_classes: length of the logits; 0 gives pooled features instead.
       auxiliary: with the classifiers behind modules 4a and 4d.
-      normalise: BatchNorm in place of biases and of local response normalisation.
-      dropout_rate: before the classifier; needs the rng stream `dropout` in training.
+      batch_normed: BatchNorm in place of biases and of local response normalisation.
+      dropout_rate: before the main classifier (auxiliary ones have 0.7); needs the rng stream
+        `dropout` in training.
       dtype, axis_name: see `ResNet`.
     """
 
     num_classes: int
     auxiliary: bool = True
-    normalise: bool = False
+    batch_normed: bool = False
     dropout_rate: float = 0.4
     dtype: Any = None
     axis_name: str | None = None
@@ -470,20 +512,20 @@ class GoogLeNet(nn.Module):
           InputError: images that the strides would use up.
         """
         # Behind 4a and 4d the auxiliary heads need maps of 5x5, a sixteenth of the image.
-        check_image_size(images, 79 if self.auxiliary else 31)
-        make_conv = partial(conv, use_bias=not self.normalise, dtype=self.dtype)
+        check_size("images", images, 79 if self.auxiliary else 31)
         make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-        response_norm = (lambda x: x) if self.normalise else local_response_norm
-
-        def layer(features, kernel_size, name, x, strides=1):
-            x = make_conv(features, kernel_size, strides, name=name)(x)
-            return nn.relu(make_norm(name=f"{name}_norm")(x) if self.normalise else x)
+        layer = partial(
+            ConvLayer,
+            conv=partial(conv, use_bias=not self.batch_normed, dtype=self.dtype),
+            norm=make_norm if self.batch_normed else no_norm,
+        )
+        response_norm = no_norm() if self.batch_normed else local_response_norm
 
         outputs = {}
-        x = layer(64, 7, "conv1", images, strides=2)
+        x = layer(64, 7, strides=2, name="conv1")(images)
         x = outputs["conv1"] = response_norm(halving_max_pool(x, 3))
-        x = outputs["reduce2"] = layer(64, 1, "reduce2", x)
-        x = layer(192, 3, "conv2", x)
+        x = outputs["reduce2"] = layer(64, 1, name="reduce2")(x)
+        x = layer(192, 3, name="conv2")(x)
         x = outputs["conv2"] = halving_max_pool(response_norm(x), 3)
         for name, widths in INCEPTIONS.items():
             x = Inception(widths, layer, name=f"inception{name}")(x)
@@ -497,6 +539,7 @@ class GoogLeNet(nn.Module):
                     self.sow("auxiliary_logits", name, logits)
             if name in ("3b", "4e"):
                 x = halving_max_pool(x, 3)
+        check_dropout_rate(self.dropout_rate)
         pooled = pool_and_classify(x, 0)["pooled"]
         pooled = nn.Dropout(self.dropout_rate, deterministic=not train)(pooled)
         outputs |= classify(pooled, self.num_classes)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resvariants.blocks import basic_branch, plain_merge, residual_merge, single_branch
+from resvariants.blocks import basic_branch, plain_merge, single_branch
 from resvariants.classic import VGG
 from resvariants.errors import InputError
 from resvariants.layers import SHORTCUTS, BatchNorm, no_norm
@@ -35,7 +35,9 @@ def deepen(
     training BatchNorm normalises what passes a plain unit, whatever its kernels are.
 
     Args:
-      model: a ResNet with post- or pre-activated, residual or plain units, or a VGG.
+      model: a ResNet of constant depth with post- or pre-activated, residual or plain units, or a
+        VGG. (Stochastic depth ties survival to the number of units: deepen
+        `model.clone(survival_probability=1.0)`.)
       variables: its `params` and `batch_stats`.
       stage_sizes: units in each stage of the deeper net.
       key: for the new units' initial values.
@@ -45,14 +47,18 @@ def deepen(
       The deeper model, and its variables.
 
     Raises:
-      InputError: fewer units than before, or units that no parameters make an identity.
+      InputError: another number of stages or fewer units than before, stochastic depth, or units
+        that no parameters make an identity that learns.
     """
+    make_identity = _identity(model)
     old_sizes, new_sizes = tuple(model.stage_sizes), tuple(stage_sizes)
     if len(old_sizes) != len(new_sizes) or any(
         new < old for old, new in zip(old_sizes, new_sizes, strict=True)
     ):
-        raise InputError(f"stage_sizes {new_sizes}: as many as {old_sizes}, and none less")
-    make_identity = _identity(model)
+        raise InputError(
+            f"stage_sizes {new_sizes}: the network has {old_sizes}, and each stage must keep its"
+            " units or gain some"
+        )
     deeper = model.clone(stage_sizes=new_sizes)
     fresh = jax.jit(lambda key, images: deeper.init(key, images, train=False))(key, images)
     grown = {collection: dict(tree) for collection, tree in variables.items()}
@@ -77,21 +83,28 @@ def _identity(model):
     # A function that turns the variables of new units, stacked, into those of identities.
     if isinstance(model, VGG):
         return _copying
-    unit = model.unit(model.features[0], norm=no_norm, parent=None)
-    if unit.merge is plain_merge and unit.branch in (basic_branch, single_branch):
-        return _copying
-    identity = (
-        unit.merge is residual_merge
-        and unit.weights is None
-        and unit.shortcut is not SHORTCUTS["C"]
-        and "norm" not in unit.placement.merged
-    )
-    if not identity:
+    if not isinstance(model, ResNet):
+        raise InputError(f"only ResNet and VGG can be deepened, not {type(model).__name__}")
+    if model.survival_probability < 1:
         raise InputError(
-            "no parameters make an identity of units with weighted or projected shortcuts, with"
-            " BatchNorm after the addition, or of plain bottlenecks"
+            "stochastic depth would give old units other survival probabilities; deepen"
+            " model.clone(survival_probability=1.0)"
         )
-    if "norm" in unit.placement.after:
+    unit = model.unit(model.features[0], norm=no_norm, parent=None)
+    before, after, merged = unit.placement
+    if unit.merge is plain_merge:
+        if unit.branch not in (basic_branch, single_branch):
+            raise InputError("no kernels make an identity of plain bottlenecks: they are narrower")
+        if "norm" in before:
+            raise InputError("no kernels make an identity of plain units that pre-activate")
+        return _copying
+    if unit.weights is not None or unit.shortcut is SHORTCUTS["C"]:
+        raise InputError("a unit whose shortcut is weighted or projected is no identity")
+    if "norm" in merged:
+        raise InputError("a unit with BatchNorm after the addition is no identity")
+    if after.endswith("relu"):
+        raise InputError("a branch that ends with a ReLU is zero only where it cannot learn")
+    if "norm" in after:
         return lambda stack: _zero_last(stack, "norm", "scale")
     return lambda stack: _zero_last(stack, "conv", "kernel")
 

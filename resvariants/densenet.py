@@ -17,7 +17,8 @@ from resvariants.errors import InputError
 from resvariants.layers import (
     ModuleFactory,
     batch_norm,
-    check_image_size,
+    check_dropout_rate,
+    check_size,
     conv,
     pool_and_classify,
 )
@@ -139,14 +140,13 @@ class DenseNet(nn.Module):
 
         Raises:
           InputError: growth rate below 1, compression outside (0, 1], dropout outside [0, 1),
-            images smaller than the network's total stride.
+            images that the transitions would use up.
         """
         if self.growth_rate < 1:
             raise InputError(f"growth rate {self.growth_rate}: a layer adds at least 1 channel")
         if not 0 < self.compression <= 1:
             raise InputError(f"compression {self.compression} is outside (0, 1]: 1 keeps all")
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(f"dropout rate {self.dropout_rate} is outside [0, 1)")
+        check_dropout_rate(self.dropout_rate)
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
         dropout = partial(nn.Dropout, self.dropout_rate, deterministic=not train)
@@ -156,8 +156,7 @@ class DenseNet(nn.Module):
         else:
             x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
-        total_strides = -(-images.shape[1] // x.shape[1]) * 2 ** (len(self.block_sizes) - 1)
-        check_image_size(images, total_strides)
+        check_size("maps behind the stem", x, 2 ** (len(self.block_sizes) - 1))
         layer = partial(
             DenseLayer,
             self.growth_rate,
@@ -218,7 +217,6 @@ def imagenet_densenet(
     block_sizes: Sequence[int], growth_rate: int, num_classes: int = 1000, **options
 ) -> DenseNet:
     """Four blocks of DenseNet-BC for 224x224 images (table 1)."""
-    options = {"bottleneck": 4, "compression": 0.5, "stem": ImageNetStem, **options}
-    return DenseNet(
-        tuple(block_sizes), growth_rate, num_classes, stem_features=2 * growth_rate, **options
-    )
+    paper = {"bottleneck": 4, "compression": 0.5, "stem": ImageNetStem}
+    options = {**paper, "stem_features": 2 * growth_rate, **options}
+    return DenseNet(tuple(block_sizes), growth_rate, num_classes, **options)

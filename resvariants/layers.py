@@ -265,15 +265,16 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     return x
 
 
-def classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.Array]:
     """`pooled`, which is `x` (batch, channels), and, unless there are no classes, `logits`.
 
-    Both at least float32; the linear classifier is called `head`.
+    Both at least float32; the linear classifier is called `head`, and takes `nn.Dense`'s options.
     """
     pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if num_classes == 0:
         return {"pooled": pooled}
-    return {"pooled": pooled, "logits": nn.Dense(num_classes, name="head")(pooled)}
+    head = nn.Dense(num_classes, name="head", **dense_options)
+    return {"pooled": pooled, "logits": head(pooled)}
 
 
 def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
@@ -282,14 +283,20 @@ def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
     return classify(x.mean((1, 2)), num_classes)
 
 
-def check_image_size(images: jax.Array, least: int) -> None:
-    """Raises InputError if `images` have fewer than `least` pixels a side."""
-    height, width = images.shape[1:3]
+def check_size(what: str, x: jax.Array, least: int) -> None:
+    """Raises InputError if `x`, `what` in words, has less than `least` rows or columns."""
+    height, width = x.shape[1:3]
     if min(height, width) < least:
         raise InputError(
-            f"images of {height}x{width} are too small for this network: its strides leave nothing"
-            f" of less than {least}x{least}"
+            f"{what} of {height}x{width} are too small for this network's strides, which need at"
+            f" least {least}x{least}"
         )
+
+
+def check_dropout_rate(rate: float) -> None:
+    """Raises InputError if `rate` is outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise InputError(f"dropout rate {rate} is outside [0, 1): it is the share that is dropped")
 
 
 # Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has
@@ -304,9 +311,17 @@ def identity_shortcut(x, features, strides, conv=None, norm=None, *, average=Fal
     """
     if strides > 1:
         window = (strides, strides)
+        if average and (x.shape[1] % strides or x.shape[2] % strides):
+            raise InputError(
+                f"option A_average cannot average maps of {x.shape[1]}x{x.shape[2]} by {strides}s:"
+                " height and width must be multiples of it, in every stage; option A takes any"
+            )
         x = nn.avg_pool(x, window, window) if average else x[:, ::strides, ::strides]
     if features < x.shape[-1]:
-        raise ValueError(f"option A cannot narrow {x.shape[-1]} channels to {features}")
+        raise InputError(
+            f"option A (which also stands in for units of plain nets) cannot narrow"
+            f" {x.shape[-1]} channels to {features}"
+        )
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 

@@ -113,11 +113,17 @@ def set_up(config: ConfigDict) -> Setup:
     """
     for words, allowed, keys in LIMITS:
         for key in keys:
-            value = reduce(getitem, key.split("."), config)
+            try:
+                value = reduce(getitem, key.split("."), config)
+            except KeyError:
+                raise InputError(
+                    f"the config has no {key}: it is of another version of resvariants. Add it to"
+                    f" config.json as configs/default.py has it"
+                ) from None
             if value is not None and not allowed(value):
                 raise InputError(f"{key} is {value}; it must be {words}")
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
-    data_set = choose("dataset.name", config.dataset.name, sources.DATA_SETS)
+    data_set = sources.find(config.dataset.name)
     options = config.model
     # Only what differs from the networks' own defaults: not every network has every option.
     chosen = {key: options[key] for key in OPTIONS if options[key] != OPTIONS[key]}

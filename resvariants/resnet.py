@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from resvariants.blocks import BasicUnit
-from resvariants.errors import check_choice
+from resvariants.errors import InputError, check_choice
 from resvariants.gates import (
     check_gates,
     draw_for_examples,
@@ -28,7 +28,6 @@ from resvariants.layers import (
     ModuleFactory,
     activate,
     batch_norm,
-    check_image_size,
     conv,
     max_pool,
     pool_and_classify,
@@ -121,7 +120,14 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
-        """(batch, height, width, channels), gates (num_units,) -> the stage's output."""
+        """(batch, height, width, channels), gates (num_units,) -> the stage's output.
+
+        Raises:
+          InputError: no units, or an unknown `remat`.
+        """
+        check_choice("remat", self.remat, REMAT)
+        if self.num_units < 1:
+            raise InputError(f"a stage of {self.num_units} units: it needs at least one")
         unit = partial(self.unit, self.features, remat=self.remat != "none")
         first = partial(unit, activated=True) if self.activated else unit
         x = first(strides=self.strides, name="first")(x, None if gates is None else gates[0])
@@ -231,10 +237,8 @@ class ResNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1],
-            images smaller than the network's total stride.
+          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
         """
-        check_choice("remat", self.remat, REMAT)
         if gates is None:
             gates = self._stochastic_depth_gates(train, len(images))
         else:
@@ -245,8 +249,6 @@ class ResNet(nn.Module):
 
         x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
-        total_strides = -(-images.shape[1] // x.shape[1]) * 2 ** (len(self.stage_sizes) - 1)
-        check_image_size(images, total_strides)
         stages = zip(
             self.stage_sizes, self.features, gates_by_stage(gates, self.stage_sizes), strict=True
         )

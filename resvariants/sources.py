@@ -51,7 +51,6 @@ DATA_SETS = {
     "svhn_extra": DataSet((32, 32, 3), 10, "svhn_cropped", ("train", "extra")),
     "mnist": DataSet((28, 28, 1), 10, "mnist"),
     "fashion_mnist": DataSet((28, 28, 1), 10, "fashion_mnist"),
-    "imagenet2012": DataSet((224, 224, 3), 1000, "imagenet2012"),
 }
 
 
@@ -65,7 +64,7 @@ def load(name: str, data_dir: str | None = None) -> Source:
     Raises InputError if the name is unknown, or the data set is not prepared, prepared in another
     file format than array_record, or damaged.
     """
-    entry = _find(name)
+    entry = find(name)
     if not entry.stored_as:
         return _digits()
     root, directory = _place(entry, data_dir)
@@ -85,7 +84,7 @@ def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = No
     """
     import tensorflow_datasets as tfds
 
-    entry = _find(name)
+    entry = find(name)
     if not entry.stored_as:
         raise InputError(f"{name!r} comes with scikit-learn and needs no preparation")
     root, directory = _place(entry, data_dir)
@@ -112,18 +111,22 @@ def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = No
     return directory
 
 
-def _find(name: str) -> DataSet:
-    if name not in DATA_SETS:
-        raise InputError(
-            f"unknown data set {name!r}; nearest: {nearest(name, DATA_SETS)}"
-            f" (all: {', '.join(DATA_SETS)})"
-        )
+def find(name: str) -> DataSet:
+    """The data set called `name`.
+
+    Raises InputError if there is none.
+    """
+    if name in DATA_SETS:
+        return DATA_SETS[name]
+    known = ", ".join(DATA_SETS)
     if name == "imagenet2012":
         raise InputError(
-            "imagenet2012 does not fit into memory, and streaming it is still missing: what its"
-            " networks cost is measured by python experiments/benchmark.py models"
+            "imagenet2012 cannot be trained on yet: it does not fit into memory, and streaming it"
+            f" is still missing. Set dataset.name to one of {known}"
         )
-    return DATA_SETS[name]
+    raise InputError(
+        f"unknown data set {name!r}; nearest: {nearest(name, DATA_SETS)} (all: {known})"
+    )
 
 
 def _digits() -> Source:

@@ -1,8 +1,10 @@
 """Which networks exist by name, and what is each?"""
 
+import contextlib
+import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 
 from flax import linen as nn
@@ -138,16 +140,8 @@ def imagenet_resnet(
         branch = partial(bottleneck_branch, strided_conv=strided_conv)
     widths = tuple((256 if bottleneck else 64) * 2**i for i in range(len(stage_sizes)))
     unit = _unit(branch, plain, shortcut, placement)
-    return ResNet(
-        stage_sizes,
-        widths,
-        num_classes,
-        unit,
-        PLACEMENTS[placement].before,
-        stem=ImageNetStem,
-        stem_features=64,
-        **options,
-    )
+    options = {"stem": ImageNetStem, "stem_features": 64, **options}
+    return ResNet(stage_sizes, widths, num_classes, unit, PLACEMENTS[placement].before, **options)
 
 
 def resnext(
@@ -176,8 +170,8 @@ def resnext(
     branch = partial(aggregated_branch, cardinality=cardinality, base_width=base_width, form=form)
     unit = _unit(branch, False, shortcut, placement)
     widths = tuple(256 * 2**i for i in range(len(stage_sizes)))
-    final = PLACEMENTS[placement].before
-    return ResNet(stage_sizes, widths, num_classes, unit, final, stem_features=64, **options)
+    options = {"stem_features": 64, **options}
+    return ResNet(stage_sizes, widths, num_classes, unit, PLACEMENTS[placement].before, **options)
 
 
 def _resnext_entry(depth, cardinality, base_width):
@@ -198,7 +192,7 @@ def _densenet_entry(depth, growth_rate, bc=False):
 def _fully_connected_entry(depth, plain):
     build = partial(fully_connected_net, depth, plain=plain)
     build()  # raises if the depth is none
-    return Entry(build, MNIST, 10, HIGHWAY, "highway and its plain nets")
+    return Entry(build, MNIST, 10, HIGHWAY, "highway")
 
 
 @dataclass(frozen=True)
@@ -306,50 +300,48 @@ def _zoo() -> dict[str, Entry]:
         build = partial(imagenet_densenet, sizes, growth_rate)
         zoo[f"densenet{size}"] = Entry(build, IMAGENET, 1000, DENSENET, "DenseNet")
 
-    def classic(family, paper, image_shape, num_classes, name, build, *args, **options):
-        build = partial(build, *args, **options)
-        zoo[name] = Entry(build, image_shape, num_classes, paper, family)
-
-    highway = partial(classic, "highway and its plain nets", HIGHWAY)
-    highway(
-        *(CIFAR, 10, "highway19", HighwayNet, (4, 5, 5), (32, 80, 128)),
-        pool_windows=(2, 2, 0),
-        dropout_rates=(0.2, 0.2, 0.2, 0.2),
-        top_features=100,
-    )
-    for width in (16, 32):
-        highway(
-            *(MNIST, 10, f"highway10_width{width}", HighwayNet, (2, 3, 3), (width, width, width)),
+    highway = partial(HighwayNet, (4, 5, 5), (32, 80, 128))
+    highway = partial(highway, pool_windows=(2, 2, 0), dropout_rates=(0.2,) * 4, top_features=100)
+    zoo["highway19"] = Entry(highway, CIFAR, 10, HIGHWAY, "highway")
+    for width in (16, 32):  # stages and pooling as in the public code
+        highway = partial(
+            HighwayNet,
+            (2, 3, 3),
+            (width, width, width),
             transform_bias=-1.0,
             first_kernel=5,
             first_padding=0,
             pool_windows=(3, 3, 2),
             dropout_rates=(0.2, 0.3, 0.4, 0.5),
         )
+        zoo[f"highway10_width{width}"] = Entry(highway, MNIST, 10, HIGHWAY, "highway")
     for depth in (10, 20, 50, 100):
         for kind in ("highway", "plain"):
             zoo[f"{kind}_fc{depth}"] = _fully_connected_entry(depth, kind == "plain")
 
-    vgg = partial(classic, "VGG", "Simonyan & Zisserman 2014", IMAGENET, 1000)
     widths = (64, 128, 256, 512, 512)
-    vgg("vgg16", VGG, (2, 2, 3, 3, 3), widths)
-    vgg("vgg16_bn", VGG, (2, 2, 3, 3, 3), widths, normalise=True)
-    vgg("vgg19", VGG, (2, 2, 4, 4, 4), widths)
-    vgg("vgg19_bn", VGG, (2, 2, 4, 4, 4), widths, normalise=True)
-    small = {"hidden": (), "normalise": True}
-    vgg = partial(classic, "VGG", "none; a convention of public code", CIFAR, 10)
-    vgg("cifar_vgg19_bn", VGG, (2, 2, 4, 4, 4), widths, **small)
-    # The paper gives 15 layers of width 128; how they are dealt out to stages is ours.
-    vgg = partial(classic, "VGG", "Veit et al. 2016", CIFAR, 10)
-    vgg("vgg15_width128", VGG, (2, 3, 3, 3, 3), (128,) * 5, **small)
+    for depth, convolutions in ((16, (2, 2, 3, 3, 3)), (19, (2, 2, 4, 4, 4))):
+        vgg = partial(VGG, convolutions, widths)
+        paper = "Simonyan & Zisserman 2014"
+        zoo[f"vgg{depth}"] = Entry(vgg, IMAGENET, 1000, paper, "VGG")
+        vgg_bn = partial(vgg, batch_normed=True)
+        zoo[f"vgg{depth}_bn"] = Entry(vgg_bn, IMAGENET, 1000, paper, "VGG")
+    convention = "none; a convention of public code"
+    vgg = partial(VGG, (2, 2, 4, 4, 4), widths, hidden=(), batch_normed=True)
+    zoo["cifar_vgg19_bn"] = Entry(vgg, CIFAR, 10, convention, "VGG")
+    # Accounts of the paper say 15 layers of width 128; how they are dealt out to stages is ours.
+    vgg = partial(VGG, (2, 3, 3, 3, 3), (128,) * 5, hidden=(), batch_normed=True)
+    zoo["vgg15_width128"] = Entry(vgg, CIFAR, 10, "Veit et al. 2016", "VGG")
 
-    alexnet = partial(classic, "AlexNet")
-    alexnet("Krizhevsky et al. 2012", (227, 227, 3), 1000, "alexnet", two_tower_alexnet)
-    alexnet("Krizhevsky 2014", IMAGENET, 1000, "alexnet_single_tower", single_tower_alexnet)
-    alexnet("none; a convention of public code", CIFAR, 10, "cifar_alexnet", cifar_alexnet)
-    googlenet = partial(classic, "GoogLeNet", "Szegedy et al. 2014", IMAGENET, 1000)
-    googlenet("googlenet", GoogLeNet)
-    googlenet("googlenet_bn", GoogLeNet, normalise=True)
+    for name, alexnet, image_shape, num_classes, paper in (
+        ("alexnet", two_tower_alexnet, (227, 227, 3), 1000, "Krizhevsky et al. 2012"),
+        ("alexnet_single_tower", single_tower_alexnet, IMAGENET, 1000, "Krizhevsky 2014"),
+        ("cifar_alexnet", cifar_alexnet, CIFAR, 10, convention),
+    ):
+        zoo[name] = Entry(alexnet, image_shape, num_classes, paper, "AlexNet")
+    for name, batch_normed in (("googlenet", False), ("googlenet_bn", True)):
+        googlenet = partial(GoogLeNet, batch_normed=batch_normed)
+        zoo[name] = Entry(googlenet, IMAGENET, 1000, "Szegedy et al. 2014", "GoogLeNet")
     return zoo
 
 
@@ -435,11 +427,21 @@ def create_model(name: str, num_classes: int | None = None, **options) -> nn.Mod
             num_classes=entry.num_classes if num_classes is None else num_classes, **options
         )
     except TypeError as error:
-        message = str(error)
-        if "unexpected keyword argument" not in message and "multiple values" not in message:
+        if "unexpected keyword argument" not in str(error) and "multiple values" not in str(error):
             raise
-        option = message.split("'")[1]
-        says = "has no" if "unexpected" in message else "already fixes"
+        option = str(error).split("'")[1]
         raise InputError(
-            f"{name} {says} option {option!r}; its class documents those that can be chosen"
+            f"{name} has no option {option!r}; it has {', '.join(_options(entry))}"
         ) from None
+
+
+def _options(entry):
+    # What can be chosen: the builder's keywords, and the network's attributes that it leaves open.
+    parameters = inspect.signature(entry.build).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    model = entry.build(num_classes=entry.num_classes)
+    for field in fields(model):
+        with contextlib.suppress(TypeError):
+            entry.build(**{"num_classes": 2, field.name: getattr(model, field.name)})
+            options.append(field.name)
+    return [name for name in dict.fromkeys(options) if name not in ("parent", "name")]

@@ -107,7 +107,7 @@ def vgg(variables, x, train=False, gates=None, hidden=1):
 
 VGGS = {
     "without BN": VGG((1, 3), (4, 6), 5, hidden=(7,), dropout_rate=0.0),
-    "with BN": VGG((2, 4), (4, 6), 5, hidden=(7,), dropout_rate=0.0, normalise=True),
+    "with BN": VGG((2, 4), (4, 6), 5, hidden=(7,), dropout_rate=0.0, batch_normed=True),
 }
 
 
@@ -266,7 +266,7 @@ def alexnet(variables, x, towers, normalise, padding, window, hidden):
 
 ALEXNETS = {
     "two towers": (
-        AlexNet((4, 6, 8, 4, 6), 5, towers=2, normalise=True, first_padding=0, hidden=(7, 9)),
+        AlexNet((4, 6, 8, 4, 6), 5, towers=2, response_normed=True, first_padding=0, hidden=(7, 9)),
         (67, 2, True, 0, 3, 2),
     ),
     "single tower": (AlexNet((4, 6, 8, 4, 6), 5, hidden=(7, 9)), (64, 1, False, 2, 3, 2)),
@@ -294,12 +294,14 @@ def test_alexnets_initial_biases_are_the_papers():
     assert all(bias == 0 for name, bias in biases.items() if name not in ones)
 
 
+def conv_layer(net, x, params, stats, stride=1):
+    norm = (stats, "norm", params["norm"]) if "norm" in params else None
+    return net.conv_relu(x, params["conv"], stride, norm=norm)
+
+
 def inception(net, x, params, stats):
     def layer(name, x):
-        norm = f"{name}_norm"
-        return net.conv_relu(
-            x, params[name], norm=(stats, norm, params[norm]) if norm in params else None
-        )
+        return conv_layer(net, x, params[name], stats.get(name))
 
     return np.concatenate(
         [
@@ -318,10 +320,7 @@ def googlenet(variables, x, train):
     params, stats = net.params, net.stats
 
     def layer(name, x, stride=1):
-        norm = f"{name}_norm"
-        return net.conv_relu(
-            x, params[name], stride, norm=(stats, norm, params[norm]) if norm in params else None
-        )
+        return conv_layer(net, x, params[name], stats.get(name), stride)
 
     response_norm = (lambda x: x) if stats else naive_response_norm
     x = response_norm(pool(layer("conv1", x, 2), 3))
@@ -332,8 +331,8 @@ def googlenet(variables, x, train):
         if name in ("4a", "4d") and train:
             assert x.shape[1:3] == (5, 5)
             head, moved = params[f"auxiliary{name}"], stats.get(f"auxiliary{name}", {})
-            norm = (moved, "conv_norm", head["conv_norm"]) if moved else None
-            y = net.conv_relu(x.mean((1, 2), keepdims=True), head["conv"], norm=norm)
+            pooled = x.mean((1, 2), keepdims=True)
+            y = conv_layer(net, pooled, head["conv"], moved.get("conv"))
             y = net.dense(y.reshape(len(y), -1), head["hidden1"])
             auxiliary[name] = net.dense(y, head["head"], relu=False)
         if name in ("3b", "4e"):
@@ -344,7 +343,7 @@ def googlenet(variables, x, train):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_googlenet_equals_the_reference(normalise):
     """In float64: statistics of two images' 2x2 maps amplify rounding."""
-    model = GoogLeNet(5, normalise=normalise, dropout_rate=0.0)
+    model = GoogLeNet(5, batch_normed=normalise, dropout_rate=0.0)
     drawn = random_variables(model, (80, 80, 3)), images(2, 80, 80, 3)
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         variables, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), drawn)
@@ -416,36 +415,140 @@ def test_auxiliary_heads_are_for_training_only():
     assert sown(train=True) == {"4a", "4d"}
 
 
+def head_size(model, size):
+    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+    return variables["params"]["head"]["kernel"].shape[0]
+
+
 @pytest.mark.parametrize(
-    ("name", "least"),
+    ("name", "least", "says"),
     [
-        ("vgg16", 32),
-        ("vgg15_width128", 32),
-        ("cifar_alexnet", 29),
-        ("alexnet_single_tower", 35),
-        ("googlenet", 79),
-        ("highway19", 4),
-        ("highway10_width16", 12),
-        ("densenet40_k12", 4),
-        ("densenet121", 32),
-        ("resnet20", 4),
-        ("resnet50", 32),
-        ("resnext50_32x4d", 32),
+        ("vgg16", 32, "images of 31x31 .* at least 32x32"),
+        ("vgg15_width128", 32, "images of 31x31 .* at least 32x32"),
+        ("cifar_alexnet", 29, "images of 28x28 .* at least 29x29"),
+        ("alexnet_single_tower", 35, "images of 34x34 .* at least 35x35"),
+        ("googlenet", 79, "images of 78x78 .* at least 79x79"),
+        ("highway19", 4, "images of 3x3 .* at least 4x4"),
+        ("highway10_width16", 12, "images of 11x11 .* at least 12x12"),
+        ("densenet40_k12", 4, "maps behind the stem of 3x3 .* at least 4x4"),
+        ("densenet121", 29, "maps behind the stem of 7x7 .* at least 8x8"),
+        ("resnet110_average", 4, "cannot average maps of 3x3"),
     ],
 )
-def test_images_that_the_strides_would_use_up_are_refused(name, least):
+def test_images_that_the_strides_would_use_up_are_refused(name, least, says):
     model = create_model(name, num_classes=5)
-
-    def shapes(size):
-        x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        init = partial(model.init, train=False)
-        logits = jax.eval_shape(lambda key, x: init(key, x), jax.random.key(0), x)
-        return logits["params"]["head"]["kernel"].shape
-
-    assert shapes(least)[0] > 0
-    says = rf"images of {least - 1}x{least - 1} are too small .* {least}x{least}"
+    assert head_size(model, least) > 0
     with pytest.raises(InputError, match=says):
-        shapes(least - 1)
+        head_size(model, least - 1)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "resnext50_32x4d", "preact_resnet18"])
+def test_padded_strides_take_any_image(name):
+    assert head_size(create_model(name, num_classes=5), 1) > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (VGG((2, 0), (4, 6), 5, hidden=()), "stage of 0 units"),
+        (VGG((2, 2), (6, 4), 5, hidden=()), "cannot narrow 6 channels to 4"),
+        (VGG((2, 2), (4, 6), 5, dropout_rate=1.5), "dropout rate 1.5 is outside"),
+        (VGG((2, 2), (4, 6), 5, hidden=(), remat="blok"), "remat 'blok'; allowed: block"),
+        (HighwayNet((2, 2), (4,), 5), "2 stages take 2 features"),
+        (HighwayNet((2,), (4,), 5, dropout_rates=(0.1,)), "2 dropout_rates, not 1, 1 and 1"),
+        (HighwayNet((2,), (4,), 5, remat="blok"), "remat 'blok'; allowed: block"),
+        (AlexNet((4, 6, 8, 4, 6), 5, towers=4), "4 towers cannot share"),
+        (GoogLeNet(5, dropout_rate=-1.0), "dropout rate -1.0"),
+    ],
+)
+def test_impossible_nets_are_refused(model, says):
+    with pytest.raises(InputError, match=says):
+        head_size(model, 96)
+
+
+# What else the papers say of the named networks
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "rates"),
+    [
+        ("highway19", -2.0, (0.2, 0.2, 0.2, 0.2)),
+        ("highway10_width16", -1.0, (0.2, 0.3, 0.4, 0.5)),
+        ("highway10_width32", -1.0, (0.2, 0.3, 0.4, 0.5)),
+        ("highway_fc50", -4.0, ()),
+    ],
+)
+def test_named_highway_nets_have_the_public_codes_values(name, bias, rates):
+    model = create_model(name)
+    assert (model.transform_bias, tuple(model.dropout_rates)) == (bias, rates)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "deviations"),
+    [
+        (
+            VGG((1,), (64,), 50, hidden=(64,)),
+            32,
+            {"stage1": (2 / (9 * 64)) ** 0.5, "hidden1": 0.01, "head": 0.01},
+        ),
+        (
+            AlexNet((32, 32, 32, 32, 32), 50, hidden=(64,)),
+            67,
+            {"conv1": 0.01, "conv5": 0.01, "hidden1": 0.01, "head": 0.01},
+        ),
+        (
+            cifar_alexnet(50).clone(features=(32, 32, 32, 32, 32)),
+            32,
+            {"conv1": (2 / (121 * 32)) ** 0.5, "conv5": (2 / (9 * 32)) ** 0.5},
+        ),
+        (
+            HighwayNet((3,), (32,), 50),
+            8,
+            {  # Glorot & Bengio: 2 / (fan in + fan out)
+                "transition1": (2 / (9 * (3 + 32))) ** 0.5,
+                "stage1": (2 / (9 * 64)) ** 0.5,
+                "head": (2 / (8 * 8 * 32 + 50)) ** 0.5,
+            },
+        ),
+    ],
+)
+def test_weights_begin_as_wide_as_documented(model, size, deviations):
+    x = images(1, size, size, 3)
+    params = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)["params"]
+    for name, deviation in deviations.items():
+        flat = jax.tree_util.tree_leaves_with_path(params[name])
+        kernels = [leaf for path, leaf in flat if path[-1].key == "kernel"]
+        for kernel in kernels:
+            np.testing.assert_allclose(kernel.std(), deviation, rtol=0.08)
+
+
+@pytest.mark.parametrize("model", [VGGS["with BN"], HIGHWAYS["as for CIFAR"][0]])
+def test_execution_and_precision_are_options(model):
+    """Remat and unrolling change nothing; bfloat16 computes in bfloat16, gates or not."""
+    variables, x = random_variables(model, (8, 8, 3)), images(2, 8, 8, 3)
+
+    def gradient(model):
+        def loss(params):
+            tree = {**variables, "params": params}
+            y, _ = model.apply(tree, x, train=True, mutable=["batch_stats"])
+            return (y**2).mean()
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    expected = gradient(model)
+    for options in ({"remat": "block"}, {"remat": "sqrt"}, {"unroll": True}):
+        check_tree(gradient(model.clone(**options)), expected, atol=1e-4)
+    half = model.clone(dtype=jnp.bfloat16)
+    on = jnp.ones(6, bool)
+    plain, gated, scaled = (
+        half.apply(variables, x, train=False, gates=gates, return_features=True)
+        for gates in (None, on, on.astype(jnp.float32))
+    )
+    for features in (plain, gated, scaled):
+        assert features["stage2"].dtype == jnp.bfloat16
+        assert features["logits"].dtype == jnp.float32
+        np.testing.assert_allclose(features["logits"], plain["logits"], atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["vgg15_width128", "highway19"])

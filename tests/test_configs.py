@@ -243,13 +243,21 @@ CONVENTION = {
     "schedule.length": 164,
     "schedule.milestones": (81, 122),
 }
+SKIPPING_152 = {
+    "dataset.name": "imagenet2012",
+    "dataset.validation_size": 0,
+    "dataset.crop_padding": 0,
+    "dataset.normalisation": "channel",
+    "schedule.length": 120,
+    "schedule.milestones": (30, 60, 90),
+}
 OWN = {
     ("cifar10", "resnext29_8x64d"): XIE_2016,
     ("cifar10", "densenet_bc100_k12"): DENSENET,
     ("cifar10", "highway19"): SRIVASTAVA_2015,
     ("cifar10", "cifar_vgg19_bn"): CONVENTION,
     ("cifar10", "cifar_alexnet"): CONVENTION,
-    ("cifar10", "vgg15_width128"): {},
+    ("cifar10", "vgg15_width128"): CONVENTION,
     ("cifar10", "preact_resnet164"): {"schedule.warmup": 400},
     ("cifar100", "resnext29_16x64d"): XIE_2016,
     ("cifar100", "densenet40_k12"): DENSENET,
@@ -263,14 +271,8 @@ OWN = {
     },
     ("stochastic_depth", "resnet1202_average"): EPOCHS_300
     | {"schedule.warmup": 10, "schedule.warmup_learning_rate": 0.01},
-    ("stochastic_depth", "resnet152"): {
-        "dataset.name": "imagenet2012",
-        "dataset.validation_size": 0,
-        "dataset.crop_padding": 0,
-        "dataset.normalisation": "channel",
-        "schedule.length": 120,
-        "schedule.milestones": (30, 60, 90),
-    },
+    ("stochastic_depth", "resnet152"): SKIPPING_152,
+    ("stochastic_depth", "preact_resnet200"): SKIPPING_152,
     ("imagenet", "preact_resnet200"): {},
     ("imagenet", "resnext50_32x4d"): TORCH
     | {"schedule.length": 100, "schedule.milestones": (30, 60, 90)},
@@ -287,6 +289,9 @@ OWN = {
         "schedule.learning_rate": 0.01,
         "schedule.milestones": (20, 40, 60),
     },
+    # Twins must be trained alike.
+    ("cifar10", "highway_fc50"): SRIVASTAVA_2015,
+    ("cifar10", "plain_fc50"): SRIVASTAVA_2015,
     ("imagenet", "googlenet"): {
         "batch_size": 32,
         "optimizer.weight_decay": 2e-4,
@@ -318,7 +323,7 @@ WARMED_UP = (
 )  # fmt: skip
 NOT_WARMED_UP = (
     "resnet8", "resnet20", "resnet20_b", "resnet56", "plain20", "plain56", "cifar_resnet152",
-    "resnet11", "resnet1100",  # whose names only begin alike
+    "resnet116", "resnet1100",  # whose names only begin alike
 )  # fmt: skip
 
 
@@ -426,7 +431,7 @@ def test_devices_can_share_a_recipes_batches(name):
 def test_a_recipes_own_model_and_data_set_exist(name):
     config = module(name).get_config()
     assert zoo.find(config.model.name)
-    assert config.dataset.name in sources.DATA_SETS
+    assert config.dataset.name in (*sources.DATA_SETS, "imagenet2012")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -446,9 +451,11 @@ def test_the_command_in_a_recipes_docstring_works(name):
 # JSON
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_config_survives_json(name, tmp_path):
-    config = module(name).get_config()
+@pytest.mark.parametrize(
+    ("name", "model"), [*((n, None) for n in NAMES), ("imagenet", "googlenet")]
+)
+def test_a_config_survives_json(name, model, tmp_path):
+    config = module(name).get_config(*([] if model is None else [model]))
     with workdir.Workdir(tmp_path, config).writing():
         pass
     again = workdir.read_config(tmp_path)

@@ -1,6 +1,6 @@
 """Deeper nets that compute the same function."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from test_resnet import images, random_variables
 from resvariants import InputError
 from resvariants.classic import VGG
 from resvariants.deepen import deepen
+from resvariants.densenet import cifar_densenet
 from resvariants.summary import abstract_variables
 from resvariants.zoo import cifar_resnet, resnext
 
@@ -19,7 +20,6 @@ RESIDUAL = {
     "of one unit a stage": cifar_resnet(8),
     "post-activation bottlenecks": cifar_resnet(20, bottleneck=True),
     "one-layer skips": cifar_resnet(8, one_layer_skip=True),
-    "ReLU before addition": cifar_resnet(14, placement="relu_before_addition"),
     "ReLU-only pre-activation": cifar_resnet(14, placement="relu_only_preactivation"),
     "pre-activation": cifar_resnet(14, placement="full_preactivation"),
     "pre-activated bottlenecks": cifar_resnet(20, bottleneck=True, placement="full_preactivation"),
@@ -31,11 +31,13 @@ RESIDUAL = {
 PLAIN = {
     "plain": cifar_resnet(14, plain=True),
     "VGG": VGG((1, 3), (4, 6), 5, hidden=(7,), dropout_rate=0.0),
-    "VGG with BN": VGG((1, 3), (4, 6), 5, hidden=(7,), dropout_rate=0.0, normalise=True),
+    "VGG with BN": VGG((1, 3), (4, 6), 5, hidden=(7,), dropout_rate=0.0, batch_normed=True),
 }
 
 
-def deepened(model):
+@cache
+def deepened(name):
+    model = (RESIDUAL | PLAIN)[name]
     sizes = tuple(size + extra for size, extra in zip(model.stage_sizes, (2, 1, 0), strict=False))
     variables, x = random_variables(model, TINY), images(3, *TINY)
     deeper, grown = deepen(model, variables, sizes, jax.random.key(1), x)
@@ -45,12 +47,16 @@ def deepened(model):
     return deeper, variables, grown, x
 
 
+# With optimised code as outside of the tests, the results are equal to the last bit.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
 @pytest.mark.parametrize("name", RESIDUAL | PLAIN)
 def test_the_deeper_net_computes_the_same(name):
     model = (RESIDUAL | PLAIN)[name]
-    deeper, variables, grown, x = deepened(model)
+    deeper, variables, grown, x = deepened(name)
     before, after = (
-        jax.jit(partial(net.apply, train=False))(tree, x)
+        jax.jit(partial(net.apply, train=False), compiler_options=OPTIMISED)(tree, x)
         for net, tree in ((model, variables), (deeper, grown))
     )
     np.testing.assert_array_equal(after, before)
@@ -60,7 +66,7 @@ def test_the_deeper_net_computes_the_same(name):
 @pytest.mark.parametrize("name", [*RESIDUAL, "VGG"])
 def test_it_is_the_same_in_training_too(name):
     model = (RESIDUAL | PLAIN)[name]
-    deeper, variables, grown, x = deepened(model)
+    deeper, variables, grown, x = deepened(name)
     before, after = (
         jax.jit(partial(net.apply, train=True, mutable=["batch_stats"]))(tree, x)[0]
         for net, tree in ((model, variables), (deeper, grown))
@@ -68,9 +74,9 @@ def test_it_is_the_same_in_training_too(name):
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["post-activation", "pre-activation", "plain"])
+@pytest.mark.parametrize("name", RESIDUAL | PLAIN)
 def test_new_units_learn(name):
-    deeper, _, grown, x = deepened((RESIDUAL | PLAIN)[name])
+    deeper, _, grown, x = deepened(name)
 
     def loss(params):
         tree = {**grown, "params": params}
@@ -91,9 +97,17 @@ def test_a_net_of_the_same_depth_is_itself():
 @pytest.mark.parametrize(
     ("model", "sizes", "says"),
     [
-        (cifar_resnet(14), (2, 1, 2), "none less"),
-        (cifar_resnet(14), (2, 2), "as many as"),
-        (cifar_resnet(14, shortcut="C"), (3, 3, 3), "projected shortcuts"),
+        (cifar_resnet(14), (2, 1, 2), "keep its units or gain some"),
+        (cifar_resnet(14), (2, 2), r"the network has \(2, 2, 2\)"),
+        (cifar_resnet(14, survival_probability=0.5), (3, 3, 3), "stochastic depth"),
+        (cifar_resnet(14, placement="relu_before_addition"), (3, 3, 3), "ends with a ReLU"),
+        (
+            cifar_resnet(14, plain=True, placement="full_preactivation"),
+            (3, 3, 3),
+            "plain units that pre-activate",
+        ),
+        (cifar_densenet(10, 3), (2, 2, 2), "not DenseNet"),
+        (cifar_resnet(14, shortcut="C"), (3, 3, 3), "projected"),
         (cifar_resnet(14, weights="exclusive_gating"), (3, 3, 3), "weighted"),
         (cifar_resnet(14, placement="norm_after_addition"), (3, 3, 3), "after the addition"),
         (cifar_resnet(20, plain=True, bottleneck=True), (3, 3, 3), "plain bottlenecks"),

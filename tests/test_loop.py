@@ -241,6 +241,16 @@ def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path)
     assert loop.evaluate(copy, "test")["error"] == finished[1]["test_error"]
 
 
+def test_a_config_of_another_version_is_named(tmp_path):
+    with Workdir(tmp_path, config()).writing():
+        pass
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["auxiliary_weight"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"has no auxiliary_weight: .* Add it to config.json"):
+        loop.evaluate(tmp_path, "test")
+
+
 def test_tensorboard_shows_every_row_once_after_a_resume(tmp_path, monkeypatch):
     observe = loop.Log.step
 

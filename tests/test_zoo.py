@@ -264,8 +264,16 @@ def test_an_unknown_name_is_answered_with_valid_ones(name, says):
 @pytest.mark.parametrize(
     ("name", "option", "says"),
     [
-        ("resnet20", {"cardinality": 8}, "resnet20 has no option 'cardinality'"),
-        ("densenet121", {"growth_rate": 8}, "densenet121 already fixes option 'growth_rate'"),
+        (
+            "resnet20",
+            {"cardinality": 8},
+            "resnet20 has no option 'cardinality'; it has .*shortcut, placement",
+        ),
+        (
+            "densenet121",
+            {"growth_rate": 8},
+            "densenet121 has no option 'growth_rate'; it has num_classes, bottleneck",
+        ),
     ],
 )
 def test_options_that_cannot_be_chosen_are_named(name, option, says):

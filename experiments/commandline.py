@@ -52,6 +52,9 @@ def _parse_flags(argv):
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used
         return rest
     except flags.Error as error:
+        # A recipe may refuse its network; ml_collections gives the traceback as text.
+        if refused := re.search(r"InputError: (.*)\n", str(error)):
+            raise InputError(refused[1]) from None
         raise InputError(f"{error} (--helpshort lists the flags)") from None
     except (AttributeError, KeyError, TypeError):
         known = _keys(default.get_config())

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from resvariants import __main__
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -40,13 +42,17 @@ def test_the_package_is_light_to_import():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [([], "1,727,962 parameters"), (["resnet20"], "40,551,040"), (["resnet21"], "6n+2")],
-)
-def test_the_list_of_models_and_the_summary_are_commands(arguments, says):
+def test_the_list_of_models_gives_families_sizes_and_papers(capsys):
+    __main__.main([])
+    printed = capsys.readouterr().out
+    assert re.search(r"resnet110 +1,727,962 parameters +32x32x3 +He et al. 2015", printed)
+    assert printed.index("\nDenseNet\n") < printed.index("densenet121") < printed.index("\nVGG\n")
+
+
+@pytest.mark.parametrize(("name", "says"), [("resnet20", "40,551,040"), ("resnet21", "6n+2")])
+def test_the_summary_is_a_command(name, says):
     done = subprocess.run(
-        [sys.executable, "-m", "resvariants", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "resvariants", name], capture_output=True, text=True
     )
     assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
-    assert done.returncode == (1 if arguments == ["resnet21"] else 0)
+    assert done.returncode == (1 if name == "resnet21" else 0)

@@ -456,6 +456,22 @@ def _result(config, setup, shapes, log, compile_seconds):
     return result
 
 
+def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Setup, TrainState]:
+    """The config of workdir `path`, what it stands for, and the newest checkpoint's state.
+
+    Raises:
+      InputError: no workdir, no checkpoint, or data that cannot be read.
+    """
+    config = read_config(Path(path))
+    if data_dir is not None:
+        config.dataset.data_dir = data_dir
+    setup = set_up(config)
+    with closing(Checkpoints(Path(path) / "checkpoints")) as checkpoints:
+        shapes = jax.eval_shape(setup.new_state)
+        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
+    return config, setup, state
+
+
 def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[str, Any]:
     """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
 
@@ -465,13 +481,7 @@ def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[
     Raises:
       InputError: no workdir, no checkpoint, no such split, or data that cannot be read.
     """
-    config = read_config(Path(path))
-    if data_dir is not None:
-        config.dataset.data_dir = data_dir
-    setup = set_up(config)
+    config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
-    with closing(Checkpoints(Path(path) / "checkpoints")) as checkpoints:
-        step = checkpoints.latest_step
-        shapes = jax.eval_shape(setup.new_state)
-        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
-    return {"step": step, **make_evaluator(setup, config.eval_batch_size)(state, split)}
+    evaluator = make_evaluator(setup, config.eval_batch_size)
+    return {"step": int(state.step), **evaluator(state, split)}

@@ -108,6 +108,20 @@ def read_config(path: Path) -> ConfigDict:
     return ConfigDict(_read_json(path / "config.json"))
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of the finished run in workdir `path`.
+
+    Raises:
+      InputError: there is no run, or it is not finished.
+    """
+    read_config(path)
+    if not (path / "result.json").exists():
+        raise InputError(
+            f"the run in {path} is not finished; train.py with the same config goes on with it"
+        )
+    return _read_json(path / "result.json")
+
+
 def _refuse_differences(path, here, there):
     here, there = _flat(here), _flat(there)
     differing = [

@@ -1,0 +1,124 @@
+"""How much gradient comes along paths of each length, and which lengths matter?
+
+python experiments/paths.py --workdir=runs/resnet110 --out=runs/paths
+
+Veit et al. 2016, section 5: of n residual units, k chosen at random pass the gradient through their
+residual branch alone and the others through their shortcut alone. The norm of what arrives at the
+images, times the number of paths of length k, is what that length contributes. `report.md` and
+`paths.png` are written to --out; an interrupted study goes on where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from commandline import run
+from rich.progress import track
+from scipy.stats import binom, linregress
+from study import Remembered, load_run
+
+from resvariants import InputError, analysis
+from resvariants.blocks import residual_merge
+from resvariants.resnet import ResNet
+
+
+def shortest_range(contributions: np.ndarray, share: float) -> tuple[int, int]:
+    """The shortest range of lengths, first and last, that holds `share` of all contributions."""
+    sums = np.concatenate([[0], np.cumsum(contributions / contributions.sum())])
+    ranges = [
+        (last - first, first, last)
+        for first in range(len(contributions))
+        for last in range(first, len(contributions))
+        if sums[last + 1] - sums[first] >= share
+    ]
+    return min(ranges)[1:]
+
+
+def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path: Path) -> None:
+    """Three figures side by side, as figure 6 of the paper."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    axes[0].plot(counts, ".-", markersize=3)
+    axes[0].set(title="paths", xlabel="length", ylabel="share of all paths")
+    axes[1].semilogy(np.median(norms, axis=1), ".-", markersize=3)
+    axes[1].fill_between(
+        range(len(norms)), *np.quantile(norms, [0.1, 0.9], axis=1), alpha=0.2, linewidth=0
+    )
+    axes[1].set(title="gradient at the images", xlabel="length", ylabel="norm")
+    axes[2].plot(contributions / contributions.sum(), ".-", markersize=3)
+    axes[2].set(title="contribution", xlabel="length", ylabel="share of the total")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Reads the command line and studies the run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="a finished run of a residual network")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
+    parser.add_argument("--images", type=int, default=128, help="of the batch that all paths see")
+    parser.add_argument("--samples", type=int, default=20, help="for each length; the paper: 1000")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if min(args.images, args.samples) < 1:
+        raise InputError("--images and --samples are at least 1")
+    studied = load_run(args.workdir, args.images, args.data_dir)
+    model, batch = studied.model, studied.batches[0]
+    if not isinstance(model, ResNet) or model.unit(1, norm=None).merge is not residual_merge:
+        raise InputError(f"{studied.name}: only paths of residual networks can be told apart")
+    gradient = analysis.make_path_gradients(model)
+    remember = Remembered(args.out / "paths.jsonl")
+    total = model.num_units
+
+    def norms_of(length):
+        rng = np.random.default_rng([args.seed, length])
+        found = []
+        for _ in range(args.samples):
+            gates = np.zeros(total, np.float32)
+            gates[rng.choice(total, length, replace=False)] = 1
+            found.append(gradient(studied.variables, batch, gates))
+        return [float(norm) for norm in found]
+
+    key = [*studied.key, args.samples, args.seed]
+    norms = np.array(
+        [
+            remember([*key, length], lambda length=length: norms_of(length))
+            for length in track(range(total + 1), description="lengths")
+        ]
+    )
+    counts = binom.pmf(range(total + 1), total, 0.5)
+    contributions = counts * norms.mean(axis=1)
+    first, last = shortest_range(contributions, 0.95)
+    lengths = np.repeat(np.arange(total + 1), args.samples)
+    positive = norms.ravel() > 0
+    fit = linregress(lengths[positive], np.log10(norms.ravel()[positive]))
+    draw(norms, counts, contributions, args.out / "paths.png")
+    held = counts[first : last + 1].sum()
+    lines = [
+        "# Gradients by path length",
+        "",
+        f"{studied.name}: {total} units, {args.samples} random paths of each length, one batch of"
+        f" {args.images} test images, batch statistics as after training, seed {args.seed}.",
+        "",
+        "| | here | the paper (54 units) |",
+        "|---|---|---|",
+        f"| mean length of all paths | {total / 2:g} | 27 |",
+        f"| log10 of the norm by length: slope a unit | {fit.slope:.3f} | falls exponentially |",
+        f"| the same: R squared | {fit.rvalue**2:.3f} | |",
+        f"| lengths that hold 95 % of the contribution | {first} to {last} | 5 to 17 |",
+        f"| their share of all paths | {100 * held:.3g} % | 0.45 % |",
+        "",
+        "![paths, gradients, contributions](paths.png)",
+        "",
+    ]
+    (args.out / "report.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""Lesions, reordering and paths, against nets written out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from test_resnet import images, random_variables
+
+from resvariants import InputError, analysis, create_model
+from resvariants.classic import VGG
+from resvariants.zoo import cifar_resnet
+
+TINY = (8, 8, 3)
+
+
+@pytest.fixture(scope="module")
+def net():
+    model = cifar_resnet(20)
+    return model, random_variables(model, TINY), images(6, *TINY)
+
+
+def batch(x, labels, mask=None):
+    mask = np.ones(len(x), bool) if mask is None else mask
+    return {"image": x, "label": jnp.asarray(labels, jnp.int32), "mask": jnp.asarray(mask)}
+
+
+def test_errors_count_wrong_answers_of_all_batches_under_their_gates(net):
+    model, variables, x = net
+    gates = analysis.without(9, [0, 2, 3, 4, 5, 6, 7, 8])
+    assert gates.tolist() == [False, True] + 7 * [False]
+    whole, lesioned = (
+        model.apply(variables, x, train=False, gates=g).argmax(-1) for g in (None, gates)
+    )
+    assert (whole != lesioned).any()  # or the test would see no lesion
+    batches = [batch(x, whole), batch(x, lesioned, [True, True, True, False, False, False])]
+    errors = analysis.make_errors(model, batches)
+    wrong = int((whole != lesioned)[:3].sum()), int((whole != lesioned).sum())
+    assert errors(variables) == pytest.approx(100 * wrong[0] / 9)
+    assert errors(variables, gates) == pytest.approx(100 * wrong[1] / 9)
+
+
+def test_every_lesion_uses_the_same_compiled_evaluation(net, caplog):
+    model, variables, x = net
+    errors = analysis.make_errors(model, [batch(x, np.zeros(6))])
+
+    def compilations():
+        return sum("compilation of jit(step)" in record.message for record in caplog.records)
+
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        errors(variables)
+        once = compilations()
+        for unit in range(9):
+            errors(variables, analysis.without(9, [unit]))
+        errors(analysis.reordered(model, variables, np.arange(9)))
+    assert once == compilations() > 0
+
+
+def test_swaps_stay_within_their_stages():
+    model = cifar_resnet(32)
+    order = analysis.swapped(model, 20, np.random.default_rng(0))
+    assert sorted(order) == list(range(15)) and (order != np.arange(15)).any()
+    assert [order[i] for i in (0, 5, 10)] == [0, 5, 10]
+    assert all(order[i] // 5 == i // 5 for i in range(15))
+    assert analysis.swapped(model, 0, np.random.default_rng(0)).tolist() == list(range(15))
+
+
+def test_a_reordered_net_runs_its_units_in_that_order(net):
+    model, variables, x = net
+    order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
+    moved = analysis.reordered(model, variables, order)
+    for stage, k in (("stage1", 0), ("stage3", 0)):
+        ours = moved["params"][stage]["rest"]["conv1"]["kernel"]
+        theirs = variables["params"][stage]["rest"]["conv1"]["kernel"]
+        np.testing.assert_array_equal(ours[k], theirs[1 - k])
+    y = model.apply(moved, x, train=False)
+    tree = jax.tree.map(np.asarray, variables)
+    expected = reference.forward(tree, np.asarray(x), stage_sizes=(3, 3, 3))[0]
+    assert np.abs(y - expected).max() > 1e-3
+    back = analysis.reordered(model, moved, order)  # swaps undo themselves
+    jax.tree.map(np.testing.assert_array_equal, back, dict(variables))
+
+
+def test_gradients_of_all_paths_sum_to_the_gradient():
+    """The unravelled view: 2^n paths of n units; here with the gradient itself, not its norm."""
+    model = cifar_resnet(8, placement="full_preactivation")
+    variables, x = random_variables(model, TINY), images(2, *TINY)
+    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(model, gates):
+        return jax.grad(lambda x: model.apply(variables, x, train=False, gates=gates)[0, 0])(x)
+
+    paths = [
+        gradient(one_path, jnp.array([a, b, c], jnp.float32))
+        for a in (0, 1)
+        for b in (0, 1)
+        for c in (0, 1)
+    ]
+    np.testing.assert_allclose(sum(paths), gradient(model, None), atol=1e-5)
+    norm = analysis.make_path_gradients(model)
+    labelled = batch(x, np.array([0, 1]))
+    whole = jnp.ones(3)
+    assert float(norm(variables, labelled, whole)) > 0
+    assert float(norm(variables, labelled, whole)) != float(norm(variables, labelled, 0 * whole))
+
+
+def test_the_forward_pass_along_one_path_is_the_whole_nets(net):
+    model, variables, x = net
+    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
+    gates = jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 1], jnp.float32)
+    np.testing.assert_allclose(
+        one_path.apply(variables, x, train=False, gates=gates),
+        model.apply(variables, x, train=False),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_first_units_are_where_stages_begin():
+    assert analysis.first_units(create_model("resnet110")).tolist() == [18, 36]
+    assert analysis.first_units(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="DenseNet has no gates"):
+        analysis.count_units(create_model("densenet40_k12"))
+    with pytest.raises(InputError, match="none has two to swap"):
+        analysis.swapped(VGG((2, 1), (4, 4), 5), 1, np.random.default_rng(0))

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     model.dropout_rate = placeholder(float)
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
-    model.survival_draw = "batch"  # batch: one draw for all its images; example: drop path
+    model.survival_draw = "batch"  # batch: for all its images; exact number; example: drop path
 
     dataset = config.dataset = ConfigDict()
     # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist

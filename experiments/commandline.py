@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -57,23 +57,34 @@ def _parse_flags(argv):
             raise InputError(refused[1]) from None
         raise InputError(f"{error} (--helpshort lists the flags)") from None
     except (AttributeError, KeyError, TypeError):
-        known = _keys(default.get_config())
         given = (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)
-        for key in (match[1] for match in given if match):
-            if key not in known:
-                raise InputError(
-                    f"unknown config key {key!r}; nearest: {nearest(key, known)}"
-                    " (all: configs/default.py)"
-                ) from None
+        for match in given:
+            if match:
+                check_key(match[1])
         raise
     except OSError:
-        files = ", ".join(sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py")))
         given = re.search(r"-config[= ](\S+)", " ".join(argv))
-        raise InputError(f"no such config file: {given and given[1]}; there are {files}") from None
+        raise no_such_config(given and given[1]) from None
 
 
-def _keys(config, prefix=""):
-    keys = set()
+def check_key(key: str) -> None:
+    """Raises InputError if no config has `key`."""
+    known = keys(default.get_config())
+    if key not in known:
+        raise InputError(
+            f"unknown config key {key!r}; nearest: {nearest(key, known)} (all: configs/default.py)"
+        )
+
+
+def no_such_config(path: str | None) -> InputError:
+    """The error that names the config files there are."""
+    files = ", ".join(sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py")))
+    return InputError(f"no such config file: {path}; there are {files}")
+
+
+def keys(config: Any, prefix: str = "") -> set[str]:
+    """All keys of a config, with dots between their parts."""
+    found = set()
     for key, value in config.items():
-        keys |= _keys(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key}
-    return keys
+        found |= keys(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key}
+    return found

@@ -1,16 +1,146 @@
-"""What the studies share: runs to look into, results that survive an interruption, reports."""
+"""What the studies share: training what they compare, runs to look into, results that survive."""
 
+import argparse
+import ast
 import json
-from collections.abc import Callable, Sequence
+import runpy
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from commandline import check_key, no_such_config
+from ml_collections import ConfigDict
 
-from resvariants import loop
+from resvariants import InputError, loop
+from resvariants.checkpoint import Checkpoints
 from resvariants.data import evaluation_batches
 from resvariants.sources import Split
-from resvariants.workdir import read_result
+from resvariants.train import TrainState
+from resvariants.workdir import Workdir, read_config, read_result
+
+
+class Finished(NamedTuple):
+    """A finished training run."""
+
+    path: Path
+    config: ConfigDict
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_run(path: Path) -> Finished:
+    """The finished run in workdir `path`.
+
+    Raises:
+      InputError: no run there, or none that is finished.
+    """
+    result = read_result(path)
+    config = read_config(path)
+    return Finished(path, config, result, Workdir(path, config).read_rows())
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of studies that train: recipe, budget, seeds, folders."""
+    parser.add_argument(
+        "--config",
+        default="configs/digits.py",
+        help="recipe of all networks that name none of their own; by default a laptop's, while"
+        " configs/cifar10.py is the papers' own budget",
+    )
+    parser.add_argument("--steps", type=int, help="cut recipes to so many, in proportion")
+    parser.add_argument("--epochs", type=float, help="the same in epochs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data_dir", help="where the data set was prepared")
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs and report")
+
+
+def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> ConfigDict:
+    """The config of a network to train.
+
+    Args:
+      spec: `[CONFIG:]MODEL[,KEY=VALUE ...]`, such as `resnet110,model.survival_probability=0.5`.
+      args: of `add_training_arguments`.
+      changes: more keys, with "__" for their dots.
+
+    Raises:
+      InputError: no such config, or no such key, or a value of another kind.
+    """
+    where, *given = spec.split(",")
+    file, _, model = where.rpartition(":")
+    file = file or args.config
+    if not Path(file).is_file():
+        raise no_such_config(file)
+    config = runpy.run_path(file)["get_config"](model)
+    values = dict(change.partition("=")[::2] for change in given)
+    values = {key: _literal(value) for key, value in values.items()}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    values["seed"] = seed
+    if args.data_dir is not None:
+        values["dataset.data_dir"] = args.data_dir
+    if args.steps is not None:
+        values["schedule.cut_to_steps"] = args.steps
+    for key, value in values.items():
+        check_key(key)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            raise InputError(f"{key}={value}: {error}") from None
+    if args.epochs is not None:
+        steps = round(args.epochs * loop.set_up(config).steps_per_epoch)
+        config.schedule.cut_to_steps = steps
+    return config
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def train_networks(
+    specs: Sequence[str], args: argparse.Namespace, **changes: Any
+) -> dict[str, list[Finished]]:
+    """Trains each network with each seed, in `--out`/SPEC/seedN, unless it is trained already.
+
+    Everything is checked before anything is trained.
+
+    Args:
+      specs, changes: see `recipe`.
+
+    Returns:
+      The runs of each spec, in the order of `args.seeds`.
+
+    Raises:
+      InputError: a config that cannot be trained, or a workdir of another config.
+    """
+    jobs = {}
+    for spec in specs:
+        for seed in args.seeds:
+            config = recipe(spec, args, seed, **changes)
+            path = args.out / spec.replace("/", "_") / f"seed{seed}"
+            jobs[spec, seed] = path, config
+            if Workdir(path, config).result is None and seed == args.seeds[0]:
+                loop.set_up(config)
+    for number, ((spec, seed), (path, config)) in enumerate(jobs.items(), 1):
+        if Workdir(path, config).result is None:
+            print(f"{spec}, seed {seed} ({number} of {len(jobs)}):", flush=True)
+            loop.train(config, path)
+            jax.clear_caches()
+    return {spec: [read_run(jobs[spec, seed][0]) for seed in args.seeds] for spec in specs}
+
+
+def states(run: Finished) -> Iterator[tuple[int, loop.Setup, TrainState]]:
+    """Step, setup and state of every checkpoint of a run, from the untrained network on."""
+    setup = loop.set_up(run.config)
+    yield 0, setup, setup.new_state()
+    shapes = jax.eval_shape(setup.new_state)
+    with closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
+        for step in checkpoints.steps:
+            yield step, setup, checkpoints.restore(shapes, setup.parallel.replicated, step)[0]
 
 
 class Run(NamedTuple):
@@ -18,6 +148,7 @@ class Run(NamedTuple):
 
     name: str
     key: list  # what no other run has, nor the same one trained again
+    config: ConfigDict
     model: Any
     variables: Any
     batches: list[dict[str, jax.Array]]
@@ -31,20 +162,21 @@ def load_run(workdir: str, images: int, data_dir: str | None = None) -> Run:
     """
     result = read_result(Path(workdir))
     config, setup, state = loop.load(workdir, data_dir)
-    test = Split(*(array[:images] for array in setup.splits["test"]))
-    batches = evaluation_batches(
-        test,
-        min(config.eval_batch_size, len(test.labels)),
-        setup.mean,
-        setup.scale,
-        setup.parallel.batch_sharding,
-    )
+    batches = batches_of(setup, "test", images, config.eval_batch_size)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     name = f"{Path(workdir).name}: {result['model']} on {result['dataset']}"
     if config.model.survival_probability < 1:
         name += ", stochastic depth"
     key = [name, result["train_seconds"], images]
-    return Run(name, key, setup.model, variables, list(batches))
+    return Run(name, key, config, setup.model, variables, batches)
+
+
+def batches_of(setup: loop.Setup, split: str, images: int, batch_size: int) -> list:
+    """The first `images` images of a split, in evaluation batches on the device."""
+    part = Split(*(array[:images] for array in setup.splits[split]))
+    size = min(batch_size, len(part.labels))
+    sharding = setup.parallel.batch_sharding
+    return list(evaluation_batches(part, size, setup.mean, setup.scale, sharding))
 
 
 class Remembered:
@@ -69,3 +201,64 @@ class Remembered:
             with self._path.open("a") as file:
                 file.write(json.dumps({"key": name, "value": value}) + "\n")
         return self._values[name]
+
+
+def budget(networks: Mapping[str, Sequence[Finished]]) -> str:
+    """What was trained for how long, on what, in words for a report."""
+    runs = [run for of_network in networks.values() for run in of_network]
+    seeds = sorted({run.result["seed"] for run in runs})
+    steps = sorted({run.result["steps"] for run in runs})
+    epochs = sorted({round(run.result["epochs"], 1) for run in runs})
+    sets = ", ".join(sorted({run.result["dataset"] for run in runs}))
+    cut = any(run.config.schedule.cut_to_steps is not None for run in runs)
+    first = runs[0].result
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return (
+        f"Trained on {sets} for {_range(steps)} steps ({_range(epochs)} epochs),"
+        + (" the recipes cut in proportion," if cut else " the recipes in full,")
+        + f" on {first['devices']}. Seeds {', '.join(map(str, seeds))}; errors in per"
+        " cent, of the last epoch: training errors of batches as trained on, test errors of the"
+        f" whole test set. Versions: {versions}."
+    )
+
+
+def mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
+    """The mean, and of several values the standard deviation."""
+    text = f"{statistics.mean(values):{form}}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form}}"
+
+
+def _range(values):
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def new_figure(columns: int = 1):
+    """matplotlib's figure and its axes, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    width = 6.4 if columns == 1 else 4.2 * columns
+    return pyplot.subplots(1, columns, figsize=(width, 4), layout="constrained", squeeze=False)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes and closes it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(path: Path, lines: Sequence[str]) -> None:
+    """Writes `report.md` and prints it."""
+    text = "\n".join(lines) + "\n"
+    path.write_text(text)
+    print(text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    bars = ["---"] * len(header)
+    return [f"| {' | '.join(cells)} |" for cells in (header, bars, *rows)]

@@ -1,11 +1,13 @@
-"""What does a trained network do without some of its units, in another order, or along some paths?
+"""What goes on in a network: without some of its units, along some paths, in each of its layers?
 
-All of it is choices of the gate vector and of slices of stacked parameters (Veit et al. 2016,
-"Residual networks behave like ensembles of relatively shallow networks").
+Lesions and paths are choices of the gate vector, reordering and layers are slices of stacked arrays
+(Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import jax
@@ -13,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import traverse_util
 
+from resvariants.classic import VGG
 from resvariants.errors import InputError
+from resvariants.gates import survival_probabilities
 from resvariants.resnet import ResNet
 from resvariants.train import eval_step
 
@@ -49,10 +54,18 @@ def without(num_units: int, deleted: Sequence[int]) -> np.ndarray:
 def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
     """A function (variables, gates) -> error in per cent over `batches`, compiled once.
 
+    Boolean gates really skip units. Nets of stochastic depth have what is left of their residuals
+    scaled by survival probabilities, as evaluation has it, at the full cost.
+
     Args:
       batches: as `data.evaluation_batches` gives them.
     """
     num_units = count_units(model)
+    survival = None
+    if getattr(model, "survival_probability", 1.0) < 1 and model.survival_draw != "example":
+        survival = survival_probabilities(
+            model.survival_schedule, num_units, model.survival_probability
+        )
 
     @jax.jit
     def step(variables, batch, gates):
@@ -64,6 +77,8 @@ def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
 
     def errors(variables, gates=None) -> float:
         gates = jnp.asarray(without(num_units, ()) if gates is None else gates)
+        if survival is not None:
+            gates = survival * gates
         sums = jax.device_get([step(variables, batch, gates) for batch in batches])
         wrong, count = np.sum(np.asarray(sums, np.int64), axis=0)
         return 100 * float(wrong) / float(count)
@@ -120,6 +135,10 @@ def one_path_merge(shortcut, residual, gate, activate):
     return activate(passing(shortcut, 1 - gate) + passing(residual, gate))
 
 
+# Gradients along long paths, and more so their squares, are below float32's smallest numbers.
+PATH_SCALE = 2.0**64
+
+
 def make_path_gradients(model: ResNet):
     """A function (variables, batch, gates) -> norm of the loss's gradient at the images.
 
@@ -130,11 +149,90 @@ def make_path_gradients(model: ResNet):
     one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
 
     @jax.jit
-    def norm(variables, batch, gates):
+    def gradient(variables, batch, gates):
         def loss(images):
             logits = one_path.apply(variables, images, train=False, gates=gates)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            return PATH_SCALE * losses.mean()
 
-        return optax.tree.norm(jax.grad(loss)(batch["image"]))
+        found = jax.grad(loss)(batch["image"])
+        largest = jnp.abs(found).max()
+        return largest, optax.tree.norm(found / jnp.where(largest > 0, largest, 1))
+
+    def norm(variables, batch, gates) -> float:
+        largest, relative = gradient(variables, batch, jnp.asarray(gates, jnp.float32))
+        return float(largest) * float(relative) / PATH_SCALE
 
     return norm
+
+
+def by_layer(tree: Any, kind: str) -> jax.Array:
+    """One number for each layer, in the network's order, from a tree like a net's variables.
+
+    Args:
+      tree: such as `params`, but with one number in the place of every array, or, in the stacks
+        called `rest`, one for each unit.
+      kind: "conv" or "norm": the stem's, and those of every unit's branch.
+    """
+    layers = [jax.tree.leaves(tree["stem"][kind])] if "stem" in tree else []
+    for i in count(1):
+        if f"stage{i}" not in tree:
+            return jnp.concatenate([jnp.ravel(jnp.asarray(values)) for values in layers])
+        stage = tree[f"stage{i}"]
+        for units in (stage["first"], stage.get("rest", {})):
+            names = sorted(name for name in units if re.fullmatch(rf"{kind}\d+", name))
+            if names:
+                of_units = [jnp.atleast_1d(*jax.tree.leaves(units[name])) for name in names]
+                layers.append(jnp.stack(of_units, axis=1))
+
+
+def make_layer_gradients(model: ResNet | VGG):
+    """A function (variables, batch, key) -> mean magnitude of each convolution's gradient.
+
+    In training: statistics of the batch, and units dropped at random under stochastic depth. The
+    convolutions are those of `by_layer`.
+    """
+
+    @jax.jit
+    def gradients(variables, batch, key):
+        def loss(params):
+            logits, _ = model.apply(
+                {**variables, "params": params},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"stochastic_depth": key, "dropout": key},
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            return losses.mean()
+
+        grads = jax.grad(loss)(variables["params"])
+        kernels = traverse_util.flatten_dict(grads)
+        sizes = {
+            path[:-1]: jnp.abs(leaf).mean((-4, -3, -2, -1))
+            for path, leaf in kernels.items()
+            if path[-1] == "kernel" and leaf.ndim >= 4
+        }
+        return by_layer(traverse_util.unflatten_dict(sizes), "conv")
+
+    return gradients
+
+
+def make_layer_responses(model: ResNet | VGG):
+    """A function (variables, images) -> standard deviation of each layer's response, in evaluation.
+
+    A response is what BatchNorm makes of a convolution's output, before ReLU and addition (He et
+    al. 2015, figure 7); where BatchNorm precedes its convolution, what it makes of the input.
+
+    Raises:
+      InputError: the network has no BatchNorm.
+    """
+
+    @jax.jit
+    def responses(variables, images):
+        _, found = model.apply(variables, images, train=False, mutable=["intermediates"])
+        if not found:
+            raise InputError(f"{type(model).__name__} has no BatchNorm, whose outputs are measured")
+        return by_layer(found["intermediates"], "norm")
+
+    return responses

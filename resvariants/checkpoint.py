@@ -40,6 +40,11 @@ class Checkpoints:
         """The newest complete state's step, or None."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete states, in their order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, counters: dict[str, float]) -> None:
         """Starts saving `state`; returns before it is on disk."""
         # A copy: the training step that comes next reuses the state's own buffers.
@@ -52,13 +57,18 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, state: Any, sharding) -> tuple[Any, dict[str, float]]:
-        """The newest state, shaped like `state` (arrays or shapes), and its counters.
+    def restore(
+        self, state: Any, sharding, step: int | None = None
+    ) -> tuple[Any, dict[str, float]]:
+        """The newest state, or that of `step`, shaped like `state` (arrays or shapes).
+
+        Returns:
+          The state and its counters.
 
         Raises:
           InputError: no checkpoint, one of another model, or one that cannot be read.
         """
-        step = self.latest_step
+        step = self.latest_step if step is None else step
         if step is None:
             raise InputError(f"no checkpoint in {self.directory}")
         where = f"checkpoint {self.directory / str(step)}"

@@ -233,7 +233,10 @@ class BatchNorm(nn.Module):
         x = x.astype(self.dtype or x.dtype)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            return _affine(x, running_mean.value, factor, bias)
+            y = _affine(x, running_mean.value, factor, bias)
+            if self.is_mutable_collection("intermediates"):  # for `analysis.layer_responses`
+                self.sow("intermediates", "deviation", y.astype(jnp.float32).std())
+            return y
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
         if not self.is_initializing():

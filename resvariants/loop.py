@@ -310,8 +310,11 @@ def summary_writer():
     return SummaryWriter
 
 
-def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
+def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[str, Any]:
     """Trains what `config` describes in workdir `path`, or goes on with it, and gives the result.
+
+    Args:
+      variables: `params` and `batch_stats` to start from instead of random ones.
 
     Raises:
       InputError: something in the config, the data or the workdir is wrong; nothing was written.
@@ -327,6 +330,8 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         summary_writer()
     check_batch_size(config.batch_size)
     setup = set_up(config)
+    if variables is not None:
+        setup = setup._replace(new_state=partial(_state_from, setup, variables))
     parallel = setup.parallel
     batches = TrainingBatches(
         setup.splits["train"],
@@ -359,6 +364,15 @@ def train(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         workdir.finish(result, log.rows)
     print_table(result_table(result))
     return result
+
+
+def _state_from(setup, variables):
+    fresh = setup.new_state()
+    variables = jax.tree.map(jnp.copy, variables)  # the train step takes its state's buffers
+    given = fresh.replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
+    if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, fresh):
+        raise InputError("the variables to start from are of another network than the config's")
+    return given
 
 
 def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds):

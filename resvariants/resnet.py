@@ -20,6 +20,7 @@ from resvariants.blocks import BasicUnit
 from resvariants.errors import InputError, check_choice
 from resvariants.gates import (
     check_gates,
+    draw_exactly,
     draw_for_examples,
     gates_by_stage,
     survival_probabilities,
@@ -67,7 +68,7 @@ def apply_stacked(
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
-    mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
+    mutable = [c for c in ("batch_stats", "intermediates") if parent.is_mutable_collection(c)]
 
     rngs = {}
     if parent.has_rng("dropout"):
@@ -185,8 +186,9 @@ class ResNet(nn.Module):
       survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
         unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
         training and residuals scaled by their probability in evaluation.
-      survival_draw: "batch": one draw for all examples, as in the paper; "example": another
-        convention (see `gates.draw_for_examples`), drawn from the rng stream `dropout`.
+      survival_draw: "batch": one draw for all examples, as in the paper; "exact": one that keeps
+        the same number of units always (`gates.draw_exactly`; uniform schedule only); "example":
+        another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
         rest; "sqrt": keep only every sqrt(n)-th of a stage's n inputs, and recompute twice.
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
@@ -271,7 +273,11 @@ class ResNet(nn.Module):
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
     def _stochastic_depth_gates(self, train, batch):
-        check_choice("survival_draw", self.survival_draw, ("batch", "example"))
+        check_choice("survival_draw", self.survival_draw, ("batch", "exact", "example"))
+        if self.survival_draw == "exact" and self.survival_schedule != "uniform":
+            raise InputError(
+                "survival_draw 'exact' keeps all units alike: it needs survival_schedule 'uniform'"
+            )
         survival = survival_probabilities(
             self.survival_schedule, self.num_units, self.survival_probability
         )
@@ -281,4 +287,7 @@ class ResNet(nn.Module):
             return draw_for_examples(self.make_rng("dropout"), survival, batch) if train else None
         if not train:
             return survival
-        return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)
+        key = self.make_rng("stochastic_depth")
+        if self.survival_draw == "exact":
+            return draw_exactly(key, self.num_units, self.survival_probability)
+        return jax.random.bernoulli(key, survival)

@@ -92,7 +92,7 @@ class Workdir:
     def finish(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Writes `curves.png`, `report.md` and, last, `result.json`."""
         title = f"{result['model']} on {result['dataset']}"
-        draw_curves(rows, title, self.path / "curves.png")
+        draw_curves(rows, result["model"], title, self.path / "curves.png")
         write_report(result, self._config, self.path / "report.md")
         _write_json(self.path / "result.json", result)
 

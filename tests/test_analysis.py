@@ -42,6 +42,17 @@ def test_errors_count_wrong_answers_of_all_batches_under_their_gates(net):
     assert errors(variables, gates) == pytest.approx(100 * wrong[1] / 9)
 
 
+def test_lesions_of_stochastic_depth_scale_what_is_left(net):
+    model, variables, x = net
+    skipping = model.clone(survival_probability=0.5)
+    answers = skipping.apply(variables, x, train=False).argmax(-1)
+    assert analysis.make_errors(skipping, [batch(x, answers)])(variables) == 0
+    kept = analysis.without(9, range(1, 9))
+    scaled = (1 - 0.5 / 9) * kept
+    answers = model.apply(variables, x, train=False, gates=jnp.asarray(scaled)).argmax(-1)
+    assert analysis.make_errors(skipping, [batch(x, answers)])(variables, kept) == 0
+
+
 def test_every_lesion_uses_the_same_compiled_evaluation(net, caplog):
     model, variables, x = net
     errors = analysis.make_errors(model, [batch(x, np.zeros(6))])
@@ -100,11 +111,23 @@ def test_gradients_of_all_paths_sum_to_the_gradient():
         for c in (0, 1)
     ]
     np.testing.assert_allclose(sum(paths), gradient(model, None), atol=1e-5)
+
+
+def test_norms_of_path_gradients_are_those_of_the_loss(net):
+    model, variables, x = net
     norm = analysis.make_path_gradients(model)
-    labelled = batch(x, np.array([0, 1]))
-    whole = jnp.ones(3)
-    assert float(norm(variables, labelled, whole)) > 0
-    assert float(norm(variables, labelled, whole)) != float(norm(variables, labelled, 0 * whole))
+    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
+    labels = np.arange(6) % 3
+
+    def loss(x, gates):
+        logits = one_path.apply(variables, x, train=False, gates=gates)
+        return -jax.nn.log_softmax(logits)[np.arange(6), labels].mean()
+
+    for length in (0, 4, 9):
+        gates = jnp.asarray(np.arange(9) < length, jnp.float32)
+        expected = np.sqrt((np.asarray(jax.grad(loss)(x, gates), np.float64) ** 2).sum())
+        found = norm(variables, batch(x, labels), gates)
+        assert found == pytest.approx(expected, rel=1e-4) and found > 0
 
 
 def test_the_forward_pass_along_one_path_is_the_whole_nets(net):

@@ -248,7 +248,9 @@ def test_anybodys_branch_is_skipped_for_the_whole_batch():
 def test_a_wrapper_outside_the_unit_interval_is_refused(probability):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         StochasticDepth(Branch(), probability).init(jax.random.key(0), jnp.ones(3), train=False)
-    with pytest.raises(InputError, match="unknown survival_draw 'image'; allowed: batch, example"):
+    with pytest.raises(
+        InputError, match="unknown survival_draw 'image'; allowed: batch, exact, example"
+    ):
         create_model("resnet8", survival_draw="image").init(
             jax.random.key(0), images(1, *TINY), train=False
         )

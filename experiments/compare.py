@@ -1,0 +1,129 @@
+"""How do networks compare: errors, learning curves, parameters, time?
+
+python experiments/compare.py --out=runs/mission --steps=300
+python experiments/compare.py --out=runs/mission --config=configs/cifar10.py --data_dir=data
+python experiments/compare.py --out=runs/comparison --workdirs runs/a runs/b
+
+By default: 110 layers against 1202, 1001 pre-activated ones, and 110 with stochastic depth. Each
+network is trained or goes on where it stopped; finished runs are compared as they are.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from commandline import keys, run
+from study import (
+    Finished,
+    add_training_arguments,
+    budget,
+    mean_and_deviation,
+    new_figure,
+    read_run,
+    save_figure,
+    table,
+    train_networks,
+    write_report,
+)
+
+from resvariants.papers import TEST_ERRORS
+from resvariants.report import plot_curves
+
+MISSION = [
+    "resnet110",
+    "resnet1202",
+    "preact_resnet1001",
+    "resnet110,model.survival_probability=0.5",
+]
+
+
+def networks_of(runs: list[Finished]) -> dict[str, list[Finished]]:
+    """Runs by network: those that differ in nothing but the seed belong together."""
+    groups: dict[str, list[Finished]] = {}
+    for finished in runs:
+        config = json.loads(finished.config.to_json())
+        groups.setdefault(json.dumps({**config, "seed": None}), []).append(finished)
+    return {str(group[0].path): group for group in groups.values()}
+
+
+def paper(finished: Finished) -> str:
+    """The paper's test error of the same network, or nothing."""
+    model = finished.config.model
+    found = TEST_ERRORS.get((finished.config.dataset.name, model.name, model.survival_probability))
+    if found is None:  # the papers' budget is CIFAR-10's
+        found = TEST_ERRORS.get(("cifar10", model.name, model.survival_probability))
+        return "" if found is None else f"CIFAR-10: {found.error:.2f} ({found.source})"
+    return f"{found.error:.2f} ({found.source})"
+
+
+def results_table(networks: dict[str, list[Finished]]) -> list[str]:
+    """One row for each network."""
+    header = (
+        "network",
+        "parameters",
+        "compile s",
+        "step ms",
+        "training s",
+        "training error",
+        "test error",
+        "the paper's test error",
+    )
+    rows = []
+    for name, runs in networks.items():
+        results = [finished.result for finished in runs]
+        rows.append(
+            [
+                name,
+                f"{results[0]['num_params']:,}",
+                mean_and_deviation([r["compile_seconds"] for r in results], ".1f"),
+                mean_and_deviation(
+                    [1000 * r["train_seconds"] / r["steps"] for r in results], ".1f"
+                ),
+                mean_and_deviation([r["train_seconds"] for r in results], ".0f"),
+                mean_and_deviation([r["train_error"] for r in results]),
+                mean_and_deviation([r["test_error"] for r in results]),
+                paper(runs[0]),
+            ]
+        )
+    return table(header, rows)
+
+
+def differences(networks: dict[str, list[Finished]]) -> list[str]:
+    """A table of the config keys that differ, but for the seed."""
+    configs = {name: runs[0].config for name, runs in networks.items()}
+    every = sorted(set().union(*map(keys, configs.values())) - {"seed"})
+
+    def value(config, key):
+        for part in key.split("."):
+            config = config.get(part) if config is not None else None
+        return str(config)
+
+    rows = [[key, *(value(config, key) for config in configs.values())] for key in every]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return ["", "Configurations differ in", "", *table(["key", *configs], rows)] if rows else []
+
+
+def main() -> None:
+    """Reads the command line, trains what is missing, and compares."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--models", nargs="+", default=MISSION, help="[CONFIG:]MODEL[,KEY=VALUE ...] each"
+    )
+    parser.add_argument("--workdirs", nargs="+", type=Path, help="finished runs, instead of models")
+    args = parser.parse_args()
+    if args.workdirs:
+        networks = networks_of([read_run(path) for path in args.workdirs])
+    else:
+        networks = train_networks(args.models, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure, ((axes,),) = new_figure()
+    plot_curves(axes, {name: [r.rows for r in runs] for name, runs in networks.items()})
+    save_figure(figure, args.out / "curves.png")
+    lines = ["# Comparison", "", budget(networks), "", *results_table(networks), ""]
+    lines += ["![learning curves](curves.png)", *differences(networks)]
+    write_report(args.out / "report.md", lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,20 +9,17 @@ network is trained or goes on where it stopped; finished runs are compared as th
 """
 
 import argparse
-import json
-from pathlib import Path
 
 from commandline import keys, run
 from study import (
     Finished,
     add_training_arguments,
     budget,
+    chosen_networks,
     mean_and_deviation,
     new_figure,
-    read_run,
     save_figure,
     table,
-    train_networks,
     write_report,
 )
 
@@ -35,15 +32,6 @@ MISSION = [
     "preact_resnet1001",
     "resnet110,model.survival_probability=0.5",
 ]
-
-
-def networks_of(runs: list[Finished]) -> dict[str, list[Finished]]:
-    """Runs by network: those that differ in nothing but the seed belong together."""
-    groups: dict[str, list[Finished]] = {}
-    for finished in runs:
-        config = json.loads(finished.config.to_json())
-        groups.setdefault(json.dumps({**config, "seed": None}), []).append(finished)
-    return {str(group[0].path): group for group in groups.values()}
 
 
 def paper(finished: Finished) -> str:
@@ -106,17 +94,9 @@ def differences(networks: dict[str, list[Finished]]) -> list[str]:
 def main() -> None:
     """Reads the command line, trains what is missing, and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_training_arguments(parser)
-    parser.add_argument(
-        "--models", nargs="+", default=MISSION, help="[CONFIG:]MODEL[,KEY=VALUE ...] each"
-    )
-    parser.add_argument("--workdirs", nargs="+", type=Path, help="finished runs, instead of models")
+    add_training_arguments(parser, MISSION)
     args = parser.parse_args()
-    if args.workdirs:
-        networks = networks_of([read_run(path) for path in args.workdirs])
-    else:
-        networks = train_networks(args.models, args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    networks = chosen_networks(args)
     figure, ((axes,),) = new_figure()
     plot_curves(axes, {name: [r.rows for r in runs] for name, runs in networks.items()})
     save_figure(figure, args.out / "curves.png")

@@ -11,7 +11,7 @@ interruption.
 """
 
 import argparse
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,12 +24,14 @@ from study import (
     budget,
     mean_and_deviation,
     new_figure,
+    on_one_device,
     read_run,
     recipe,
     save_figure,
-    states,
     table,
     train_networks,
+    trained,
+    variables_by_step,
     write_report,
 )
 
@@ -63,16 +65,14 @@ def study_deepening(shallow: Finished, deep_name: str, args: argparse.Namespace)
     """The trained `shallow` and the same deepened to `deep_name`, both trained further."""
     seed, schedule = shallow.config.seed, shallow.config.schedule
     last_rate = schedule.learning_rate * schedule.factor ** len(schedule.milestones)
-    _, setup, state = loop.load(shallow.path)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    setup, model, variables = trained(shallow)
     batches = batches_of(setup, "train", len(setup.splits["train"].labels), 512)
-    deep = create_model(deep_name, setup.model.num_classes)
+    deep = create_model(deep_name, model.num_classes)
     deeper, grown = deepen(
-        setup.model, variables, deep.stage_sizes, jax.random.key(seed), batches[0]["image"]
+        model, variables, deep.stage_sizes, jax.random.key(seed), batches[0]["image"]
     )
     logits = [
-        jax.jit(lambda v, x, model=model: model.apply(v, x, train=False))
-        for model in (setup.model, deeper)
+        jax.jit(lambda v, x, net=net: net.apply(v, x, train=False)) for net in (model, deeper)
     ]
     difference = max(
         float(np.abs(logits[0](variables, b["image"]) - logits[1](grown, b["image"])).max())
@@ -94,39 +94,31 @@ def study_deepening(shallow: Finished, deep_name: str, args: argparse.Namespace)
             loop.train(config, path, start)
         later.append(training_error(read_run(path)))
     errors = [
-        analysis.make_errors(model, batches)(values)
-        for model, values in ((setup.model, variables), (deeper, grown))
+        analysis.make_errors(net, batches)(values)
+        for net, values in ((model, variables), (deeper, grown))
     ]
     return Deepened(*errors, difference, *later)
 
 
-def gradients(model: Any, variables: Any, setup: loop.Setup, seed: int) -> list[float]:
-    """Mean magnitude of each convolution's gradient, of 128 training images in one batch."""
-    (batch,) = batches_of(setup, "train", 128, 128)
-    found = analysis.make_layer_gradients(model)(variables, batch, jax.random.key(seed))
-    return [float(size) for size in found]
-
-
 def gradients_untrained(name: str, args: argparse.Namespace) -> list[float]:
-    """Those of network `name` at its initialisation."""
+    """Mean magnitude of each convolution's gradient, of 128 training images in one batch."""
     seed = args.seeds[0]
     setup = loop.set_up(recipe(name, args, seed))
-    state = setup.new_state()
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return gradients(setup.model, variables, setup, seed)
+    model, variables = on_one_device(setup, setup.new_state())
+    (batch,) = batches_of(setup, "train", 128, 128)
+    return analysis.make_layer_gradients(model)(variables, batch, jax.random.key(seed)).tolist()
 
 
-def gradients_trained(found: Finished) -> dict[str, list[float]]:
-    """Those of each checkpoint, by step."""
-    sizes, function = {}, None
-    for step, setup, state in states(found):
-        if function is None:
-            function = analysis.make_layer_gradients(setup.model)
-            (batch,) = batches_of(setup, "train", 128, 128)
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        values = function(variables, batch, jax.random.key(found.config.seed))
-        sizes[str(step)] = [float(size) for size in values]
-    return sizes
+def gradients_by_step(found: Finished) -> dict[str, list[float]]:
+    """The same of every checkpoint of a run."""
+    setup, model, _ = trained(found)
+    (batch,) = batches_of(setup, "train", 128, 128)
+    function = analysis.make_layer_gradients(model)
+    key = jax.random.key(found.config.seed)
+    return {
+        str(step): function(variables, batch, key).tolist()
+        for step, variables in variables_by_step(found, setup)
+    }
 
 
 def draw_curves(networks: dict[str, list[Finished]], args: argparse.Namespace) -> None:
@@ -141,7 +133,7 @@ def draw_curves(networks: dict[str, list[Finished]], args: argparse.Namespace) -
     save_figure(figure, args.out / "curves.png")
 
 
-def draw_gradients(untrained: dict, trained: dict, args: argparse.Namespace) -> None:
+def draw_gradients(untrained: dict, in_training: dict, args: argparse.Namespace) -> None:
     """`initial.png`: before training, by depth; `training.png`: of the deepest, by step."""
     import matplotlib
 
@@ -151,8 +143,8 @@ def draw_gradients(untrained: dict, trained: dict, args: argparse.Namespace) -> 
             sizes = untrained[f"{family}{depth}"]
             axis.semilogy(np.linspace(0, 1, len(sizes)), sizes, label=f"{family}{depth}")
     _finish(figure, axes, args.out / "initial.png")
-    figure, (axes,) = new_figure(len(trained))
-    for axis, (name, by_step) in zip(axes, trained.items(), strict=True):
+    figure, (axes,) = new_figure(len(in_training))
+    for axis, (name, by_step) in zip(axes, in_training.items(), strict=True):
         steps = list(by_step)
         chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 6)})
         for place, i in enumerate(chosen):
@@ -225,14 +217,14 @@ def main() -> None:
         for depth in args.gradient_depths
     }
     deepest = [f"{family}{args.depths[-1]}" for family in FAMILIES]
-    trained = {
+    in_training = {
         name: remember(
-            [*key, "trained", name], lambda name=name: gradients_trained(networks[name][0])
+            [*key, "trained", name], lambda name=name: gradients_by_step(networks[name][0])
         )
         for name in deepest
     }
     draw_curves(networks, args)
-    draw_gradients(untrained, trained, args)
+    draw_gradients(untrained, in_training, args)
 
     lines = ["# Degradation", "", budget(networks), "", "## Deeper is worse, unless residual", ""]
     lines += table(
@@ -296,7 +288,7 @@ def main() -> None:
         "",
     ]
     rows = [gradient_rows(name, "untrained", sizes) for name, sizes in untrained.items()]
-    for name, by_step in trained.items():
+    for name, by_step in in_training.items():
         last = list(by_step)[-1]
         rows.append(gradient_rows(name, f"step {last}", by_step[last]))
     lines += table(["network", "when", "first", "last", "first / last", "least (where)"], rows)

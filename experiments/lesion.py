@@ -17,7 +17,7 @@ import numpy as np
 from commandline import run
 from rich.progress import Progress
 from scipy.stats import kendalltau
-from study import Remembered, Run, load_run
+from study import Remembered, Run, load_run, new_figure, save_figure, table, write_report
 
 from resvariants import InputError, analysis
 
@@ -58,7 +58,8 @@ def study(run: Run, remember: Remembered, progress: Progress, args: argparse.Nam
         for repeat in range(args.repeats):
             at = [number, repeat]
             many[number].append(remember([*key, "many", *at], lambda at=at: deleted(*at)))
-            swaps.append(remember([*key, "swaps", *at], lambda at=at: swapped(*at)))
+            if max(run.model.stage_sizes) > 2:  # or no stage has two units of one shape
+                swaps.append(remember([*key, "swaps", *at], lambda at=at: swapped(*at)))
             progress.advance(task, 2)
     off = analysis.without(total, range(1, total, 2))
     speed = remember(
@@ -71,24 +72,20 @@ def study(run: Run, remember: Remembered, progress: Progress, args: argparse.Nam
         "swaps": swaps,
         "seconds": speed,
         "edges": analysis.first_units(run.model),
+        "images": run.images,
     }
 
 
 def draw(results: dict[str, dict], out: Path) -> None:
     """`single.png`, `many.png` and `swaps.png`, all networks in each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     def figure(name, xlabel, plot):
-        drawn, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        drawn, ((axes,),) = new_figure()
         for color, (label, result) in enumerate(results.items()):
             plot(axes, f"C{color}", label, result)
         axes.set(xlabel=xlabel, ylabel="test error (%)", ylim=(0, 100))
         axes.legend()
-        drawn.savefig(out / name, dpi=120)
-        pyplot.close(drawn)
+        save_figure(drawn, out / name)
 
     def single(axes, color, label, result):
         share = (np.arange(len(result["single"])) + 0.5) / len(result["single"])
@@ -105,46 +102,49 @@ def draw(results: dict[str, dict], out: Path) -> None:
         axes.fill_between(list(result["many"]), low, high, color=color, alpha=0.15, linewidth=0)
 
     def swaps(axes, color, label, result):
-        axes.plot(*zip(*result["swaps"], strict=True), ".", color=color, label=label)
+        if result["swaps"]:
+            axes.plot(*zip(*result["swaps"], strict=True), ".", color=color, label=label)
 
-    figure("single.png", "deleted unit, as a share of depth (triangles: halve the maps)", single)
+    figure("single.png", "deleted unit, as a share of depth (triangles: first of a stage)", single)
     figure("many.png", "deleted units", many)
     figure("swaps.png", "Kendall's tau between the old and the new order", swaps)
 
 
-def write_report(results: dict[str, dict], args: argparse.Namespace) -> None:
+def report(results: dict[str, dict], args: argparse.Namespace) -> None:
     """`report.md`."""
+    most = max(result["images"] for result in results.values())
     lines = [
         "# Lesions",
         "",
-        f"The first {args.images:,} test images; random deletions and swaps repeated"
+        f"The first {most:,} test images; random deletions and swaps repeated"
         f" {args.repeats} times, seed {args.seed}. Errors in per cent. Deleted units give their"
-        " input; units that halve the maps leave a subsampled one. Swaps are within stages.",
+        " input; the first unit of a residual net's stage, which halves the maps, a subsampled one."
+        " Swaps are of units after the first, within stages.",
         "",
-        "| network | units | whole | one deleted, mean | median | worst | one that halves the maps,"
-        f" mean | {args.max_deletions} deleted, mean | seconds a lesion / whole |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    header = ["network", "units", "whole", "one deleted, mean", "median", "worst"]
+    header += ["first of a stage, mean", f"{args.max_deletions} deleted, mean", "time / whole"]
+    rows = []
     for name, result in results.items():
         edges = result["edges"]
         inner = np.delete(result["single"], edges)
-        halving = np.asarray(result["single"])[edges].mean() if len(edges) else float("nan")
+        firsts = np.asarray(result["single"])[edges].mean() if len(edges) else float("nan")
         cells = [
             result["baseline"],
             inner.mean(),
             np.median(inner),
             inner.max(),
-            halving,
+            firsts,
             statistics.mean(result["many"][args.max_deletions]),
         ]
         whole, lesion = result["seconds"]
-        lines.append(
-            f"| {name} | {len(result['single'])} | {' | '.join(f'{c:.2f}' for c in cells)} |"
-            f" {lesion / whole:.2f} |"
-        )
+        cells.append(lesion / whole)
+        rows.append([name, str(len(result["single"])), *(f"{cell:.2f}" for cell in cells)])
     lines += [
+        *table(header, rows),
         "",
-        "The last column: every other unit deleted against none, in the same compiled evaluation.",
+        "One deleted: any but the first of a later stage. Time: of an evaluation with every other"
+        " unit deleted against one with none, both by the one compiled function of all lesions.",
         "",
         "The paper (CIFAR-10, 110 pre-activated layers, 54 units, against a VGG of 15 layers):"
         " deleting any layer of the VGG leaves chance, 90 % error; deleting one unit of the"
@@ -156,7 +156,7 @@ def write_report(results: dict[str, dict], args: argparse.Namespace) -> None:
         "![units swapped](swaps.png)",
         "",
     ]
-    (args.out / "report.md").write_text("\n".join(lines))
+    write_report(args.out / "report.md", lines)
 
 
 def main() -> None:
@@ -183,8 +183,7 @@ def main() -> None:
     with Progress() as progress:
         results = {run_.name: study(run_, remember, progress, args) for run_ in runs}
     draw(results, args.out)
-    write_report(results, args)
-    print((args.out / "report.md").read_text())
+    report(results, args)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,21 @@ def read_run(path: Path) -> Finished:
     return Finished(path, config, result, Workdir(path, config).read_rows())
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of studies that train: recipe, budget, seeds, folders."""
+def add_training_arguments(
+    parser: argparse.ArgumentParser, models: Sequence[str] | None = None
+) -> None:
+    """The arguments of studies that train: recipe, budget, seeds, folders.
+
+    With default `models` also which networks, or the runs that are there already: see
+    `chosen_networks`.
+    """
+    if models is not None:
+        parser.add_argument(
+            "--models", nargs="+", default=models, help="[CONFIG:]MODEL[,KEY=VALUE ...] each"
+        )
+        parser.add_argument(
+            "--workdirs", nargs="+", type=Path, help="finished runs, instead of models to train"
+        )
     parser.add_argument(
         "--config",
         default="configs/digits.py",
@@ -133,14 +146,40 @@ def train_networks(
     return {spec: [read_run(jobs[spec, seed][0]) for seed in args.seeds] for spec in specs}
 
 
-def states(run: Finished) -> Iterator[tuple[int, loop.Setup, TrainState]]:
-    """Step, setup and state of every checkpoint of a run, from the untrained network on."""
-    setup = loop.set_up(run.config)
-    yield 0, setup, setup.new_state()
+def chosen_networks(args: argparse.Namespace) -> dict[str, list[Finished]]:
+    """The runs of each network that the command line names, trained if need be.
+
+    Runs of `--workdirs` that differ in nothing but the seed are one network's.
+    """
+    if not args.workdirs:
+        return train_networks(args.models, args)
+    groups: dict[str, list[Finished]] = {}
+    for finished in map(read_run, args.workdirs):
+        config = json.loads(finished.config.to_json())
+        groups.setdefault(json.dumps({**config, "seed": None}), []).append(finished)
+    return {str(group[0].path): group for group in groups.values()}
+
+
+def on_one_device(setup: loop.Setup, state: TrainState) -> tuple[Any, Any]:
+    """The network and its variables for looking into, whatever devices it was trained on."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return setup.model.clone(axis_name=None), jax.device_put(variables, jax.devices()[0])
+
+
+def trained(run: Finished, data_dir: str | None = None) -> tuple[loop.Setup, Any, Any]:
+    """What a run's config stands for, its network and its trained variables."""
+    _, setup, state = loop.load(run.path, data_dir)
+    return setup, *on_one_device(setup, state)
+
+
+def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, Any]]:
+    """The variables of the untrained network, and those of every checkpoint."""
+    yield 0, on_one_device(setup, setup.new_state())[1]
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
         for step in checkpoints.steps:
-            yield step, setup, checkpoints.restore(shapes, setup.parallel.replicated, step)[0]
+            state, _ = checkpoints.restore(shapes, setup.parallel.replicated, step)
+            yield step, on_one_device(setup, state)[1]
 
 
 class Run(NamedTuple):
@@ -148,7 +187,7 @@ class Run(NamedTuple):
 
     name: str
     key: list  # what no other run has, nor the same one trained again
-    config: ConfigDict
+    images: int
     model: Any
     variables: Any
     batches: list[dict[str, jax.Array]]
@@ -160,23 +199,23 @@ def load_run(workdir: str, images: int, data_dir: str | None = None) -> Run:
     Raises:
       InputError: no run there or none that is finished, or what `loop.load` raises.
     """
-    result = read_result(Path(workdir))
-    config, setup, state = loop.load(workdir, data_dir)
-    batches = batches_of(setup, "test", images, config.eval_batch_size)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    name = f"{Path(workdir).name}: {result['model']} on {result['dataset']}"
-    if config.model.survival_probability < 1:
+    run = read_run(Path(workdir))
+    setup, model, variables = trained(run, data_dir)
+    images = min(images, len(setup.splits["test"].labels))
+    batches = batches_of(setup, "test", images, run.config.eval_batch_size)
+    model_name, data_set = run.result["model"], run.result["dataset"]
+    name = f"{workdir}: {model_name} on {data_set}"
+    if run.config.model.survival_probability < 1:
         name += ", stochastic depth"
-    key = [name, result["train_seconds"], images]
-    return Run(name, key, config, setup.model, variables, batches)
+    key = [model_name, data_set, run.result["train_seconds"], images]
+    return Run(name, key, images, model, variables, batches)
 
 
 def batches_of(setup: loop.Setup, split: str, images: int, batch_size: int) -> list:
-    """The first `images` images of a split, in evaluation batches on the device."""
+    """The first `images` images of a split, in evaluation batches on one device."""
     part = Split(*(array[:images] for array in setup.splits[split]))
     size = min(batch_size, len(part.labels))
-    sharding = setup.parallel.batch_sharding
-    return list(evaluation_batches(part, size, setup.mean, setup.scale, sharding))
+    return list(evaluation_batches(part, size, setup.mean, setup.scale, jax.devices()[0]))
 
 
 class Remembered:
@@ -247,6 +286,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Writes and closes it."""
     from matplotlib import pyplot
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -174,16 +174,17 @@ def by_layer(tree: Any, kind: str) -> jax.Array:
         called `rest`, one for each unit.
       kind: "conv" or "norm": the stem's, and those of every unit's branch.
     """
-    layers = [jax.tree.leaves(tree["stem"][kind])] if "stem" in tree else []
+    layers = [jnp.ravel(*jax.tree.leaves(tree["stem"][kind]))] if "stem" in tree else []
     for i in count(1):
         if f"stage{i}" not in tree:
-            return jnp.concatenate([jnp.ravel(jnp.asarray(values)) for values in layers])
+            break
         stage = tree[f"stage{i}"]
         for units in (stage["first"], stage.get("rest", {})):
             names = sorted(name for name in units if re.fullmatch(rf"{kind}\d+", name))
             if names:
-                of_units = [jnp.atleast_1d(*jax.tree.leaves(units[name])) for name in names]
-                layers.append(jnp.stack(of_units, axis=1))
+                of_units = [jnp.ravel(*jax.tree.leaves(units[name])) for name in names]
+                layers.append(jnp.stack(of_units, axis=1).ravel())
+    return jnp.concatenate(layers)
 
 
 def make_layer_gradients(model: ResNet | VGG):

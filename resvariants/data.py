@@ -151,7 +151,11 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    split: Split, batch_size: int, mean: np.ndarray, scale: np.ndarray, sharding: Sharding
+    split: Split,
+    batch_size: int,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    sharding: Sharding | jax.Device,
 ) -> Iterator[dict[str, jax.Array]]:
     """Every image once, in order; the last batch is filled up with zeros whose `mask` is false."""
     for start in range(0, len(split.labels), batch_size):

@@ -1,5 +1,6 @@
-"""The programs that look into finished runs."""
+"""The programs that compare and look into runs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,69 +10,255 @@ import pytest
 from conftest import ROOT
 
 from configs import digits
-from resvariants import loop
+from resvariants import InputError, loop, sources
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import compare
+import degradation
+import growth
+import lesion
+import paths
+import responses
+import stochastic_depth
+import study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """128 training and 40 test images, so that no evaluation takes long."""
+    train, test = sources.load("digits")
+    few = sources.Source(
+        sources.Split(train.images[:128], train.labels[:128]),
+        sources.Split(test.images[:40], test.labels[:40]),
+    )
+    load = sources.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "load", lambda name, *_: few if name == "digits" else load(name, *_))
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = digits.get_config("resnet14")
+    config = digits.get_config("resnet20")
     config.schedule.cut_to_steps = 30
     path = tmp_path_factory.mktemp("runs") / "tiny"
     loop.train(config, path)
     return path
 
 
-def program(name, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """Runs a study's main function with a command line; gives what it printed."""
+
+    def start(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return start
 
 
-STUDIES = {
-    "lesion": (["--max_deletions=2", "--repeats=2"], "lesions.jsonl", "--workdirs"),
-    "paths": (["--samples=2"], "paths.jsonl", "--workdir"),
+def check_report(folder, *says):
+    report = (folder / "report.md").read_text()
+    for text in says:
+        assert text in report
+    pictures = [word.split(")")[0] for word in report.split("](")[1:]]
+    assert pictures and all((folder / picture).stat().st_size > 1000 for picture in pictures)
+    return report
+
+
+def cells(report, row):
+    """The numbers of the report's row that starts with `row`, as text."""
+    (line,) = (line for line in report.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+LOOKING = {
+    lesion: (["--max_deletions=2", "--repeats=2"], "lesions.jsonl", "--workdirs"),
+    paths: (["--samples=2"], "paths.jsonl", "--workdir"),
 }
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_reports_and_goes_on_where_it_stopped(name, finished, tmp_path):
-    options, results, runs = STUDIES[name]
-    arguments = [runs, finished, f"--out={tmp_path}", "--images=50", *options]
-    done = program(name, *arguments)
-    assert done.returncode == 0, done.stderr
-    report = (tmp_path / "report.md").read_text()
-    assert "tiny: resnet14 on digits" in report and "the paper" in report.lower()
-    pictures = [word.split(")")[0] for word in report.split("](")[1:]]
-    assert pictures and all((tmp_path / picture).stat().st_size > 1000 for picture in pictures)
-    # Killed while it wrote its last line: that one is computed again, to the same value.
+@pytest.mark.parametrize("module", LOOKING, ids=lambda module: module.__name__)
+def test_a_study_reports_and_goes_on_where_it_stopped(module, finished, tmp_path, start):
+    options, results, runs = LOOKING[module]
+    arguments = [runs, finished, f"--out={tmp_path}", "--images=24", *options]
+    start(module, *arguments)
+    report = check_report(tmp_path, "tiny: resnet20 on digits", "paper", "24")
+    # Killed while it wrote its last line: that one is computed again.
     lines = (tmp_path / results).read_text()
     (tmp_path / results).write_text(lines[: lines.rindex("\n", 0, -1) + 5])
-    again = program(name, *arguments)
-    assert again.returncode == 0, again.stderr
+    start(module, *arguments)
     assert (tmp_path / results).read_text().splitlines()[:-1] == lines.splitlines()[:-1]
-    if name == "paths":
+    if module is paths:  # the last line of lesions is a timing
         assert (tmp_path / results).read_text() == lines
         assert (tmp_path / "report.md").read_text() == report
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_refuses_what_is_no_finished_run(name, finished, tmp_path):
-    *_, runs = STUDIES[name]
+def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
+    start(lesion, "--workdirs", finished, f"--out={tmp_path}", "--max_deletions=1", "--repeats=1")
+    whole = cells((tmp_path / "report.md").read_text(), f"{finished}: resnet20 on digits")[1]
+    expected = json.loads((finished / "result.json").read_text())["test_error"]
+    assert whole == f"{expected:.2f}"
+
+
+def test_a_network_trained_on_short_paths_stands_beside_the_full_one(finished, tmp_path, start):
+    out = f"--out={tmp_path}"
+    start(paths, "--workdir", finished, out, "--images=20", "--samples=1", "--train_effective")
+    check_report(tmp_path, "| all 9 units |", "| 4 of 9 units a batch |", "5.96")
+    config = json.loads((tmp_path / "effective" / "config.json").read_text())
+    assert config["model"]["survival_draw"] == "exact"
+    assert config["model"]["survival_probability"] == pytest.approx(4 / 9)
+    assert config["schedule"]["cut_to_steps"] == 30
+
+
+def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, start):
+    specs = ["resnet8", "resnet8,model.survival_probability=0.5"]
+    arguments = [f"--out={tmp_path}", "--steps=3", "--seeds", "0", "1", "--models"]
+    printed = start(compare, *arguments, *specs)
+    assert "seed 1 (4 of 4)" in printed
+    report = check_report(tmp_path, "3 steps", "Seeds 0, 1")
+    results = [
+        json.loads((tmp_path / specs[1] / f"seed{seed}" / "result.json").read_text())
+        for seed in (0, 1)
+    ]
+    first, second = (result["test_error"] for result in results)
+    row = cells(report, specs[1])
+    mean, deviation = (float(part) for part in row[5].split("±"))
+    assert mean == pytest.approx((first + second) / 2, abs=0.006)
+    assert deviation == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
+    assert row[0] == "75,002" and "CIFAR-10" not in row[6]
+    assert cells(report, "model.survival_probability") == ["1.0", "0.5"]
+    # Finished runs stay as they are; an unfinished one goes on.
+    (tmp_path / specs[0] / "seed1" / "result.json").unlink()
+    printed = start(compare, *arguments, *specs)
+    assert "seed 1 (2 of 4)" in printed and "(1 of 4)" not in printed
+    assert "resumed at step 3" in printed
+    folders = [tmp_path / specs[0] / "seed0", tmp_path / specs[1] / "seed0"]
+    start(compare, f"--out={tmp_path / 'there'}", "--workdirs", *folders)
+    check_report(tmp_path / "there", f"| {folders[0]} |")
+
+
+def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
+    start(compare, f"--out={tmp_path}", "--steps=1", "--models", "resnet20")
+    check_report(tmp_path, "CIFAR-10: 8.75 (He et al. 2015, table 6)")
+
+
+@pytest.mark.slow
+def test_degradation_deepens_and_follows_gradients(tmp_path, start):
+    options = ["--steps=4", "--depths", "8", "14", "--gradient_depths", "8"]
+    start(degradation, f"--out={tmp_path}", *options)
+    report = check_report(tmp_path, "preact_resnet14")
+    for name in ("plain8 to plain14", "resnet8 to resnet14"):
+        before, after, difference, *_ = cells(report, f"{name}, seed 0")
+        assert before == after and float(difference) < 1e-6
+    trained = tmp_path / "resnet14_from_resnet8" / "seed0"
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {row["learning_rate"] for row in rows} == {0.001}
+    assert rows[0]["loss"] < 2.3  # it starts from the trained network
+    remembered = (tmp_path / "degradation.jsonl").read_text()
+    start(degradation, f"--out={tmp_path}", *options)
+    assert (tmp_path / "degradation.jsonl").read_text() == remembered
+
+
+def test_survival_probabilities_are_swept(tmp_path, start):
+    options = ["--model=resnet8", "--steps=2", "--probabilities", "0.5", "--rounds=1"]
+    start(stochastic_depth, f"--out={tmp_path}", *options)
+    report = check_report(tmp_path, "linear", "uniform")
+    expected = [line.split("|")[3].strip() for line in report.splitlines() if " of 3 |" in line]
+    assert expected == ["3.00 of 3", "2.00 of 3", "1.50 of 3"]
+
+
+def test_responses_and_growth_report(finished, tmp_path, start, monkeypatch):
+    start(responses, "--workdirs", finished, f"--out={tmp_path}", "--images=9")
+    assert cells(check_report(tmp_path), str(finished))[0] == "19"
+    groups = {"a": ["densenet10_k4", "densenet13_k4"], "b": ["resnet8"]}
+    monkeypatch.setattr(growth, "GROUPS", groups)
+    start(growth, f"--out={tmp_path / 'growth'}", "--steps=1")
+    check_report(tmp_path / "growth", "| b | resnet8 | 75,002 |")
+
+
+def refused(start, module, *arguments):
+    with pytest.raises(InputError) as error:
+        start(module, *arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("module", LOOKING, ids=lambda module: module.__name__)
+def test_a_study_refuses_what_is_no_finished_run(module, finished, tmp_path, start):
+    *_, runs = LOOKING[module]
     interrupted = tmp_path / "interrupted"
     shutil.copytree(finished, interrupted)
     (interrupted / "result.json").unlink()
     out = tmp_path / "out"
     for workdir, says in ((tmp_path / "nowhere", "is no workdir"), (interrupted, "not finished")):
-        done = program(name, runs, workdir, f"--out={out}")
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+        assert says in refused(start, module, runs, workdir, f"--out={out}")
+        assert says in refused(start, compare, "--workdirs", workdir, f"--out={out}")
     assert not out.exists()
 
 
-def test_more_deletions_than_units_are_refused(finished, tmp_path):
-    done = program("lesion", "--workdirs", finished, f"--out={tmp_path}", "--max_deletions=7")
-    assert done.returncode == 2 and "has only 6 units" in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
+    out = f"--out={tmp_path / 'out'}"
+    says = refused(start, lesion, "--workdirs", finished, out, "--max_deletions=10")
+    assert "has only 9 units" in says
+    for arguments, says in (
+        (["--models", "resnet8", "resnet9"], "resnet9"),
+        (["--models", "resnet8,model.remt=block"], "nearest: model.remat"),
+        (["--models", "resnet8,batch_size=many"], "batch_size=many"),
+        (["--models", "resnet8,model.survival_probability=1.5"], "outside"),
+        (["--models", "configs/nothing.py:resnet8"], "no such config file"),
+        (["--models", "configs/cifar10.py:resnet8", "--data_dir=nowhere"], "not prepared"),
+        (["--models", "resnet8", "--steps=0"], "no step at all"),
+        (["--models", "resnet8", "--epochs=-1"], "no step at all"),
+    ):
+        assert says in refused(start, compare, out, *arguments)
+    says = refused(start, stochastic_depth, out, "--model=densenet40_k12")
+    assert "no residual units" in says
+    assert "two or more" in refused(start, degradation, out, "--depths", "20")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lesions_of_a_densenet_are_refused(tmp_path, start):
+    config = digits.get_config("densenet10_k4")
+    config.schedule.cut_to_steps = 1
+    loop.train(config, tmp_path / "run")
+    out = f"--out={tmp_path / 'out'}"
+    says = refused(start, lesion, "--workdirs", tmp_path / "run", out)
+    assert "DenseNet has no gates" in says
+    assert "only paths of residual networks" in refused(
+        start, paths, "--workdir", tmp_path / "run", out
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_is_a_program(finished, tmp_path):
+    """The command line, with exit status and one message."""
+
+    def program(*arguments):
+        return subprocess.run(
+            [sys.executable, ROOT / "experiments" / "responses.py", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        )
+
+    done = program("--workdirs", finished, "--out=out", "--images=9")
+    assert done.returncode == 0, done.stderr
+    assert "# Responses" in done.stdout and (tmp_path / "out" / "responses.png").exists()
+    done = program("--workdirs", "nowhere", "--out=other")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_spec_names_config_model_and_changes():
+    parser = study.argparse.ArgumentParser()
+    study.add_training_arguments(parser)
+    args = parser.parse_args(["--out=x", "--steps=7", "--config=configs/cifar10.py"])
+    config = study.recipe("resnet14,dataset.flip=False,optimizer.clip_norm=2.5", args, 3, seed=3)
+    assert (config.model.name, config.dataset.name, config.seed) == ("resnet14", "cifar10", 3)
+    assert (config.dataset.flip, config.optimizer.clip_norm) == (False, 2.5)
+    assert config.schedule.cut_to_steps == 7
+    other = study.recipe("configs/stochastic_depth.py:resnet14", args, 0)
+    assert other.model.survival_probability == 0.5

@@ -147,6 +147,60 @@ def test_first_units_are_where_stages_begin():
     assert analysis.first_units(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
 
 
+def test_responses_are_deviations_after_every_normalisation_in_their_order(net, monkeypatch):
+    model, variables, x = net
+    deviations, normalised = [], reference.batch_norm
+
+    def recording(*args, **kwargs):
+        result = normalised(*args, **kwargs)
+        deviations.append(np.std(result[0] if isinstance(result, tuple) else result))
+        return result
+
+    monkeypatch.setattr(reference, "batch_norm", recording)
+    tree = jax.tree.map(np.asarray, variables)
+    reference.forward(tree, np.asarray(x), stage_sizes=(3, 3, 3))
+    found = analysis.make_layer_responses(model)(variables, x)
+    assert found.shape == (19,)
+    np.testing.assert_allclose(found, deviations, rtol=1e-4)
+
+
+def test_networks_without_normalisation_have_no_responses():
+    model = VGG((1, 1), (4, 4), 5, hidden=())
+    variables = random_variables(model, TINY)
+    with pytest.raises(InputError, match="VGG has no BatchNorm"):
+        analysis.make_layer_responses(model)(variables, images(1, *TINY))
+
+
+def test_gradients_of_layers_come_in_the_networks_order(net):
+    model, variables, x = net
+    labels = np.arange(6) % 3
+
+    def loss(params):
+        tree = {**variables, "params": params}
+        logits = model.apply(tree, x, train=True, mutable=["batch_stats"])[0]
+        return -jax.nn.log_softmax(logits)[np.arange(6), labels].mean()
+
+    grads = jax.jit(jax.grad(loss))(variables["params"])
+    expected = [grads["stem"]["conv"]["kernel"]]
+    for stage in (grads["stage1"], grads["stage2"], grads["stage3"]):
+        expected += [stage["first"][name]["kernel"] for name in ("conv1", "conv2")]
+        for unit in (0, 1):
+            expected += [stage["rest"][name]["kernel"][unit] for name in ("conv1", "conv2")]
+    found = analysis.make_layer_gradients(model)(variables, batch(x, labels), jax.random.key(0))
+    np.testing.assert_allclose(found, [np.abs(grad).mean() for grad in expected], rtol=2e-4)
+
+
+def test_dropped_units_have_no_gradient(net):
+    model, variables, x = net
+    skipping = model.clone(
+        survival_probability=1 / 3, survival_schedule="uniform", survival_draw="exact"
+    )
+    gradients = analysis.make_layer_gradients(skipping)
+    found = gradients(variables, batch(x, np.arange(6)), jax.random.key(0))
+    of_units = np.asarray(found[1:]).reshape(9, 2)
+    assert (of_units > 0).all(axis=1).sum() == 3 and (of_units == 0).all(axis=1).sum() == 6
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="DenseNet has no gates"):
         analysis.count_units(create_model("densenet40_k12"))

@@ -10,7 +10,13 @@ from flax import linen as nn
 from test_resnet import TINY, images, random_variables
 
 from resvariants import BasicUnit, InputError, StochasticDepth, batch_norm, create_model
-from resvariants.gates import draw_for_examples, linear_decay, survival_probabilities, uniform
+from resvariants.gates import (
+    draw_exactly,
+    draw_for_examples,
+    linear_decay,
+    survival_probabilities,
+    uniform,
+)
 
 
 def test_linear_decay_is_equation_4():
@@ -191,6 +197,28 @@ def test_the_other_convention_drops_examples_one_by_one_and_rescales_in_training
         assert np.all(is_dropped ^ is_doubled)
         counts.append(is_dropped.sum())
     assert all(15 < count < 49 for count in counts) and len(set(counts)) > 1
+
+
+def test_exact_draws_keep_the_same_number_of_units_and_favour_none():
+    draws = np.array(
+        [draw_exactly(key, 54, 23 / 54) for key in jax.random.split(jax.random.key(0), 400)]
+    )
+    assert (draws.sum(axis=1) == 23).all()
+    counts = draws.sum(axis=0)  # 170 expected, 9.9 the standard deviation
+    assert counts.min() > 120 and counts.max() < 220
+
+
+def test_exact_draws_scale_residuals_in_evaluation_and_need_the_uniform_schedule():
+    options = {"survival_probability": 1 / 3, "survival_schedule": "uniform"}
+    model = create_model("resnet8", survival_draw="exact", **options)
+    variables, x = random_variables(model, TINY), images(2, *TINY)
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=False),
+        create_model("resnet8").apply(variables, x, train=False, gates=jnp.full(3, 1 / 3)),
+        rtol=1e-6,
+    )
+    with pytest.raises(InputError, match="needs survival_schedule 'uniform'"):
+        model.clone(survival_schedule="linear").apply(variables, x, train=False)
 
 
 def test_rescaled_gates_are_one_on_average():

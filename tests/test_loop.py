@@ -483,3 +483,19 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
     whole, killed = (final_state(tmp_path / name, 3000) for name in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
+
+
+def test_a_run_may_start_from_given_variables(tmp_path):
+    rates = {"schedule.learning_rate": 0.0, "schedule.warmup_learning_rate": 0.0}
+    short = config(**{"schedule.cut_to_steps": 4, **rates})
+    still = loop.set_up(short)
+    given = jax.tree.map(lambda leaf: leaf + 0.01, still.new_state())
+    variables = {"params": given.params, "batch_stats": given.batch_stats}
+    loop.train(short, tmp_path / "run", variables)
+    _, _, state = loop.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
+    jax.tree.map(lambda leaf: leaf.block_until_ready(), variables)  # not taken by the train step
+    other = loop.set_up(config("resnet14")).new_state()
+    with pytest.raises(InputError, match="of another network"):
+        loop.train(short, tmp_path / "other", {"params": other.params})
+    assert not (tmp_path / "other").exists()

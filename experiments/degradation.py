@@ -143,8 +143,10 @@ def draw_gradients(untrained: dict, in_training: dict, args: argparse.Namespace)
             sizes = untrained[f"{family}{depth}"]
             axis.semilogy(np.linspace(0, 1, len(sizes)), sizes, label=f"{family}{depth}")
     _finish(figure, axes, args.out / "initial.png")
-    figure, (axes,) = new_figure(len(in_training))
-    for axis, (name, by_step) in zip(axes, in_training.items(), strict=True):
+    figure, (axes,) = new_figure(len(FAMILIES))
+    for axis, family in zip(axes, FAMILIES, strict=True):
+        name = f"{family}{args.depths[-1]}"
+        by_step = in_training[name]
         steps = list(by_step)
         chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 6)})
         for place, i in enumerate(chosen):
@@ -216,12 +218,11 @@ def main() -> None:
         for family in FAMILIES
         for depth in args.gradient_depths
     }
-    deepest = [f"{family}{args.depths[-1]}" for family in FAMILIES]
     in_training = {
         name: remember(
             [*key, "trained", name], lambda name=name: gradients_by_step(networks[name][0])
         )
-        for name in deepest
+        for name in networks
     }
     draw_curves(networks, args)
     draw_gradients(untrained, in_training, args)

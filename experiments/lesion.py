@@ -11,19 +11,20 @@ where it stopped.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from commandline import run
-from rich.progress import Progress
 from scipy.stats import kendalltau
-from study import Remembered, Run, load_run, new_figure, save_figure, table, write_report
+from study import Remembered, Run, load_run, new_figure, progress, save_figure, table, write_report
 
 from resvariants import InputError, analysis
 
 
-def study(run: Run, remember: Remembered, progress: Progress, args: argparse.Namespace) -> dict:
-    """All figures of one network: `baseline`, `single`, `many` (by number), `swaps`, `speed`."""
+def study(run: Run, remember: Remembered, args: argparse.Namespace) -> dict:
+    """All figures of one network: `baseline`, `single`, `many` (by number), `swaps`, `seconds`."""
     total = analysis.count_units(run.model)
     errors = analysis.make_errors(run.model, run.batches)
 
@@ -31,46 +32,41 @@ def study(run: Run, remember: Remembered, progress: Progress, args: argparse.Nam
         return errors(run.variables, analysis.without(total, deleted))
 
     def swapped(swaps, repeat):
-        order = analysis.swapped(
-            run.model, swaps, np.random.default_rng([args.seed, swaps, repeat])
-        )
+        rng = np.random.default_rng([args.seed, swaps, repeat])
+        order = analysis.swapped(run.model, swaps, rng)
         variables = analysis.reordered(run.model, run.variables, order)
         return [float(kendalltau(np.arange(total), order).statistic), errors(variables)]
 
     def deleted(number, repeat):
-        chosen = np.random.default_rng([args.seed, number, repeat])
-        return without(*chosen.choice(total, number, replace=False))
+        rng = np.random.default_rng([args.seed, number, repeat])
+        return without(*rng.choice(total, number, replace=False))
 
     def seconds(gates):
         start = time.perf_counter()
         errors(run.variables, gates)
         return time.perf_counter() - start
 
-    key = [*run.key, args.seed]
-    baseline = remember([*key, "baseline"], without)
-    task = progress.add_task(run.name, total=total + args.repeats * 2 * args.max_deletions)
-    single, many, swaps = [], {}, []
-    for unit in range(total):
-        single.append(remember([*key, "single", unit], lambda unit=unit: without(unit)))
-        progress.advance(task)
-    for number in range(1, args.max_deletions + 1):
-        many[number] = []
-        for repeat in range(args.repeats):
-            at = [number, repeat]
-            many[number].append(remember([*key, "many", *at], lambda at=at: deleted(*at)))
-            if max(run.model.stage_sizes) > 2:  # or no stage has two units of one shape
-                swaps.append(remember([*key, "swaps", *at], lambda at=at: swapped(*at)))
-            progress.advance(task, 2)
-    off = analysis.without(total, range(1, total, 2))
-    speed = remember(
-        [*key, "seconds"], lambda: [min(seconds(g) for _ in "123") for g in (None, off)]
-    )
+    def speed():
+        every_other = analysis.without(total, range(1, total, 2))
+        return [min(seconds(gates) for _ in "123") for gates in (None, every_other)]
+
+    numbers, repeats = range(1, args.max_deletions + 1), range(args.repeats)
+    jobs: dict[tuple, Callable] = {("baseline",): without}
+    jobs |= {("single", unit): partial(without, unit) for unit in range(total)}
+    jobs |= {("many", n, r): partial(deleted, n, r) for n in numbers for r in repeats}
+    if max(run.model.stage_sizes) > 2:  # or no stage has two units of one shape
+        jobs |= {("swaps", n, r): partial(swapped, n, r) for n in numbers for r in repeats}
+    jobs["seconds",] = speed
+    found = {
+        job: remember([*run.key, args.seed, *job], compute)
+        for job, compute in progress(jobs.items(), run.name)
+    }
     return {
-        "baseline": baseline,
-        "single": single,
-        "many": many,
-        "swaps": swaps,
-        "seconds": speed,
+        "baseline": found["baseline",],
+        "single": [found["single", unit] for unit in range(total)],
+        "many": {n: [found["many", n, r] for r in repeats] for n in numbers},
+        "swaps": [values for job, values in found.items() if job[0] == "swaps"],
+        "seconds": found["seconds",],
         "edges": analysis.first_units(run.model),
         "images": run.images,
     }
@@ -180,8 +176,7 @@ def main() -> None:
                 f" {analysis.count_units(run_.model)} units"
             )
     remember = Remembered(args.out / "lesions.jsonl")
-    with Progress() as progress:
-        results = {run_.name: study(run_, remember, progress, args) for run_ in runs}
+    results = {run_.name: study(run_, remember, args) for run_ in runs}
     draw(results, args.out)
     report(results, args)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from commandline import run
-from rich.progress import track
 from scipy.stats import binom, linregress
 from study import (
     Remembered,
     budget,
     load_run,
     new_figure,
+    progress,
     read_run,
     save_figure,
     table,
@@ -135,7 +135,7 @@ def main() -> None:
     norms = np.array(
         [
             remember([*key, length], lambda length=length: norms_of(length))
-            for length in track(range(total + 1), description="lengths")
+            for length in progress(range(total + 1), "lengths")
         ]
     )
     counts = binom.pmf(range(total + 1), total, 0.5)

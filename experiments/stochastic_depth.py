@@ -37,7 +37,7 @@ from resvariants import InputError, analysis, create_model
 from resvariants.gates import SURVIVAL_SCHEDULES, survival_probabilities
 from resvariants.report import plot_curves
 from resvariants.resnet import ResNet
-from resvariants.zoo import find
+from resvariants.sources import find
 
 
 def first_gradients(found: Finished) -> dict[str, float]:
@@ -66,7 +66,7 @@ def step_seconds(specs: list[str], networks: dict, rounds: int, steps: int) -> d
             survival_probability=config.model.survival_probability,
             survival_schedule=config.model.survival_schedule,
         )
-        shape = find(config.model.name).image_shape
+        shape = find(config.dataset.name).image_shape
         step, state, batch = jitted_step(model, shape, config.batch_size)
         state, _ = step(state, batch)  # compiles
         contenders[spec] = [step, jax.block_until_ready(state), batch]
@@ -179,8 +179,7 @@ def main() -> None:
     )
     lines += [
         "",
-        f"Times: all networks in turn, {args.rounds} rounds of 20 steps on random images of the"
-        " network's own size.",
+        f"Times: all networks in turn, {args.rounds} rounds of 20 steps, on random images.",
         "",
         "![errors by survival probability](sweep.png)",
         "![learning curves](curves.png)",

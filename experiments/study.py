@@ -5,14 +5,17 @@ import ast
 import json
 import runpy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from commandline import check_key, no_such_config
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
 
 from resvariants import InputError, loop
 from resvariants.checkpoint import Checkpoints
@@ -20,6 +23,8 @@ from resvariants.data import evaluation_batches
 from resvariants.sources import Split
 from resvariants.train import TrainState
 from resvariants.workdir import Workdir, read_config, read_result
+
+T = TypeVar("T")
 
 
 class Finished(NamedTuple):
@@ -240,6 +245,19 @@ class Remembered:
             with self._path.open("a") as file:
                 file.write(json.dumps({"key": name, "value": value}) + "\n")
         return self._values[name]
+
+
+def progress(items: Collection[T], description: str) -> Iterator[T]:
+    """The items, under a progress bar on a terminal and with a line every ten seconds elsewhere."""
+    if Console().is_terminal:
+        yield from track(items, description)
+        return
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{description}: {number} of {len(items)}", flush=True)
+        yield item
 
 
 def budget(networks: Mapping[str, Sequence[Finished]]) -> str:

@@ -42,6 +42,7 @@ def few_digits():
 def finished(tmp_path_factory):
     config = digits.get_config("resnet20")
     config.schedule.cut_to_steps = 30
+    config.batch_size = 16
     path = tmp_path_factory.mktemp("runs") / "tiny"
     loop.train(config, path)
     return path
@@ -141,7 +142,7 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
 
 
 def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
-    start(compare, f"--out={tmp_path}", "--steps=1", "--models", "resnet20")
+    start(compare, f"--out={tmp_path}", "--steps=1", "--models", "resnet20,batch_size=8")
     check_report(tmp_path, "CIFAR-10: 8.75 (He et al. 2015, table 6)")
 
 
@@ -256,7 +257,7 @@ def test_a_spec_names_config_model_and_changes():
     parser = study.argparse.ArgumentParser()
     study.add_training_arguments(parser)
     args = parser.parse_args(["--out=x", "--steps=7", "--config=configs/cifar10.py"])
-    config = study.recipe("resnet14,dataset.flip=False,optimizer.clip_norm=2.5", args, 3, seed=3)
+    config = study.recipe("resnet14,dataset.flip=False,optimizer.clip_norm=2.5", args, 3)
     assert (config.model.name, config.dataset.name, config.seed) == ("resnet14", "cifar10", 3)
     assert (config.dataset.flip, config.optimizer.clip_norm) == (False, 2.5)
     assert config.schedule.cut_to_steps == 7

@@ -18,12 +18,21 @@ from pathlib import Path
 import numpy as np
 from commandline import run
 from scipy.stats import kendalltau
-from study import Remembered, Run, load_run, new_figure, progress, save_figure, table, write_report
+from study import (
+    Loaded,
+    Remembered,
+    load_run,
+    new_figure,
+    progress,
+    save_figure,
+    table,
+    write_report,
+)
 
 from resvariants import InputError, analysis
 
 
-def study(run: Run, remember: Remembered, args: argparse.Namespace) -> dict:
+def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     """All figures of one network: `baseline`, `single`, `many` (by number), `swaps`, `seconds`."""
     total = analysis.count_units(run.model)
     errors = analysis.make_errors(run.model, run.batches)

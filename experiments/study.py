@@ -187,7 +187,7 @@ def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, A
             yield step, on_one_device(setup, state)[1]
 
 
-class Run(NamedTuple):
+class Loaded(NamedTuple):
     """A finished run: its network, trained variables, and test images in batches on the device."""
 
     name: str
@@ -198,7 +198,7 @@ class Run(NamedTuple):
     batches: list[dict[str, jax.Array]]
 
 
-def load_run(workdir: str, images: int, data_dir: str | None = None) -> Run:
+def load_run(workdir: str, images: int, data_dir: str | None = None) -> Loaded:
     """The finished run in `workdir`, with the first `images` test images.
 
     Raises:
@@ -213,7 +213,7 @@ def load_run(workdir: str, images: int, data_dir: str | None = None) -> Run:
     if run.config.model.survival_probability < 1:
         name += ", stochastic depth"
     key = [model_name, data_set, run.result["train_seconds"], images]
-    return Run(name, key, images, model, variables, batches)
+    return Loaded(name, key, images, model, variables, batches)
 
 
 def batches_of(setup: loop.Setup, split: str, images: int, batch_size: int) -> list:

@@ -22,6 +22,15 @@ def test_every_file_that_the_readme_names_is_there():
         assert (ROOT / name).exists(), name
 
 
+def test_every_experiment_is_listed():
+    listed = (ROOT / "experiments" / "README.md").read_text()
+    helpers = {"study.py", "commandline.py"}
+    programs = {path.name for path in (ROOT / "experiments").glob("*.py")} - helpers
+    assert programs == set(re.findall(r"^\| `(\w+\.py)`", listed, re.MULTILINE))
+    for name in re.findall(r"python experiments/(\w+\.py)", listed):
+        assert name in programs
+
+
 def test_every_key_that_the_readme_sets_exists():
     from configs import default
 

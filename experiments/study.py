@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import math
 import runpy
 import statistics
 import time
@@ -68,11 +69,29 @@ def add_training_arguments(
         help="recipe of all networks that name none of their own; by default a laptop's, while"
         " configs/cifar10.py is the papers' own budget",
     )
-    parser.add_argument("--steps", type=int, help="cut recipes to so many, in proportion")
-    parser.add_argument("--epochs", type=float, help="the same in epochs")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="cut recipes to so many, in proportion")
+    budget.add_argument("--epochs", type=_positive, help="the same in epochs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data_dir", help="where the data set was prepared")
-    parser.add_argument("--out", type=Path, required=True, help="folder of runs and report")
+    parser.add_argument("--out", type=folder, required=True, help="folder of runs and report")
+
+
+def folder(text: str) -> Path:
+    """A folder that is there or can be made, as a type of arguments."""
+    path = Path(text)
+    found = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{found} is no folder")
+    return path
+
+
+def _positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
 
 
 def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> ConfigDict:
@@ -91,8 +110,11 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
     file = file or args.config
     if not Path(file).is_file():
         raise no_such_config(file)
-    config = runpy.run_path(file)["get_config"](model)
-    values = dict(change.partition("=")[::2] for change in given)
+    try:
+        config = runpy.run_path(file)["get_config"](model)
+    except (KeyError, TypeError):
+        raise InputError(f"{file} is no recipe: it has no get_config(model)") from None
+    values = dict(change.partition("=")[::2] for change in (*args.set, *given))
     values = {key: _literal(value) for key, value in values.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     values["seed"] = seed

@@ -1,6 +1,6 @@
 """How do networks compare: errors, learning curves, parameters, time?
 
-python experiments/compare.py --out=runs/mission --steps=300
+python experiments/compare.py --out=runs/mission --steps=300 --set schedule.learning_rate=0.01
 python experiments/compare.py --out=runs/mission --config=configs/cifar10.py --data_dir=data
 python experiments/compare.py --out=runs/comparison --workdirs runs/a runs/b
 
@@ -35,13 +35,15 @@ MISSION = [
 
 
 def paper(finished: Finished) -> str:
-    """The paper's test error of the same network, or nothing."""
+    """The paper's test error of the same network, or else of it on CIFAR-10, or nothing."""
     model = finished.config.model
-    found = TEST_ERRORS.get((finished.config.dataset.name, model.name, model.survival_probability))
-    if found is None:  # the papers' budget is CIFAR-10's
-        found = TEST_ERRORS.get(("cifar10", model.name, model.survival_probability))
-        return "" if found is None else f"CIFAR-10: {found.error:.2f} ({found.source})"
-    return f"{found.error:.2f} ({found.source})"
+    if (model.survival_schedule, model.survival_draw) != ("linear", "batch"):
+        return ""
+    name, survival = model.name, model.survival_probability
+    if found := TEST_ERRORS.get((finished.config.dataset.name, name, survival)):
+        return f"{found.error:.2f} ({found.source})"
+    found = TEST_ERRORS.get(("cifar10", name, survival))
+    return f"CIFAR-10: {found.error:.2f} ({found.source})" if found else ""
 
 
 def results_table(networks: dict[str, list[Finished]]) -> list[str]:

@@ -5,9 +5,9 @@ python experiments/degradation.py --out=runs/degradation --config=configs/cifar1
 
 He et al. 2015, sections 1 and 4. Three studies in one: learning curves of plain and residual
 networks of two or more depths; the shallowest one, trained and then deepened by identity units,
-which computes the same; and the size of the gradients that reach each layer, before and during
-training. `report.md` and figures are written to --out; the same command goes on after an
-interruption.
+which computes the same, and what further training makes of both; and the size of the gradients that
+reach each layer, before and during training. `report.md` and figures are written to --out; the same
+command goes on after an interruption.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from study import (
     mean_and_deviation,
     new_figure,
     on_one_device,
-    read_run,
     recipe,
     save_figure,
     table,
@@ -38,39 +37,50 @@ from study import (
 from resvariants import InputError, analysis, create_model, loop
 from resvariants.deepen import deepen
 from resvariants.report import plot_curves
+from resvariants.train import TrainState
 from resvariants.workdir import Workdir
 
 FAMILIES = ("plain", "resnet", "preact_resnet")
 
 
+class Score(NamedTuple):
+    """Of the whole training set in evaluation: loss and error, and the error on the test set."""
+
+    loss: float
+    error: float
+    test_error: float
+
+    def __str__(self):
+        """For a cell of a table."""
+        return f"{self.error:.4f} ({self.loss:.6f}; {self.test_error:.2f})"
+
+
 class Deepened(NamedTuple):
-    """A trained network's training errors in per cent: before and after, and after more training.
+    """A trained network and the same deepened, before and after they are trained further."""
 
-    `difference` is the largest one between logits of the two networks.
-    """
-
-    before: float
-    after: float
-    difference: float
-    shallow_later: float
-    deep_later: float
+    shallow: Score
+    deep: Score
+    shallow_later: Score
+    deep_later: Score
+    difference: float  # the largest one between logits of the first two
 
 
-def training_error(found: Finished) -> float:
-    """Of the finished network, over the whole training set in evaluation."""
-    return loop.evaluate(found.path, "train")["error"]
+def score(setup: loop.Setup, state: TrainState) -> Score:
+    """What a network reaches."""
+    evaluate = loop.make_evaluator(setup, 512)
+    train, test = evaluate(state, "train"), evaluate(state, "test")
+    return Score(train["loss"], train["error"], test["error"])
 
 
-def study_deepening(shallow: Finished, deep_name: str, args: argparse.Namespace) -> Deepened:
-    """The trained `shallow` and the same deepened to `deep_name`, both trained further."""
-    seed, schedule = shallow.config.seed, shallow.config.schedule
+def study_deepening(found: Finished, deep_name: str, args: argparse.Namespace) -> Deepened:
+    """The trained network deepened to `deep_name`, and both trained further."""
+    name, seed, schedule = found.config.model.name, found.config.seed, found.config.schedule
     last_rate = schedule.learning_rate * schedule.factor ** len(schedule.milestones)
-    setup, model, variables = trained(shallow)
+    setup, model, variables = trained(found)
     batches = batches_of(setup, "train", len(setup.splits["train"].labels), 512)
-    deep = create_model(deep_name, model.num_classes)
-    deeper, grown = deepen(
-        model, variables, deep.stage_sizes, jax.random.key(seed), batches[0]["image"]
-    )
+    sizes = create_model(deep_name).stage_sizes
+    images, key = batches[0]["image"], jax.random.key(seed)
+    deeper, grown = deepen(model, variables, sizes, key, images)
     logits = [
         jax.jit(lambda v, x, net=net: net.apply(v, x, train=False)) for net in (model, deeper)
     ]
@@ -78,26 +88,24 @@ def study_deepening(shallow: Finished, deep_name: str, args: argparse.Namespace)
         float(np.abs(logits[0](variables, b["image"]) - logits[1](grown, b["image"])).max())
         for b in batches
     )
-    later = []
-    for name, start in ((shallow.config.model.name, variables), (deep_name, grown)):
+    at_rest = loop.load(found.path)[2]
+    before = score(setup, at_rest), score(setup._replace(model=deeper), at_rest.replace(**grown))
+    after = []
+    for net, start in ((name, variables), (deep_name, grown)):
         config = recipe(
-            name,
+            net,
             args,
             seed,
             schedule__learning_rate=last_rate,
             schedule__milestones=(),
             schedule__warmup=0,
         )
-        path = args.out / f"{name}_from_{shallow.config.model.name}" / f"seed{seed}"
+        path = args.out / f"{net}_from_{name}" / f"seed{seed}"
         if Workdir(path, config).result is None:
-            print(f"{name}, from the trained {shallow.config.model.name}:", flush=True)
+            print(f"{net}, from the trained {name}:", flush=True)
             loop.train(config, path, start)
-        later.append(training_error(read_run(path)))
-    errors = [
-        analysis.make_errors(net, batches)(values)
-        for net, values in ((model, variables), (deeper, grown))
-    ]
-    return Deepened(*errors, difference, *later)
+        after.append(score(*loop.load(path)[1:]))
+    return Deepened(*before, *after, difference)
 
 
 def gradients_untrained(name: str, args: argparse.Namespace) -> list[float]:
@@ -124,7 +132,7 @@ def gradients_by_step(found: Finished) -> dict[str, list[float]]:
 def draw_curves(networks: dict[str, list[Finished]], args: argparse.Namespace) -> None:
     """`curves.png`: plain networks on the left, residual ones on the right."""
     figure, (axes,) = new_figure(2)
-    for axis, family in zip(axes, FAMILIES, strict=False):
+    for axis, family in zip(axes, ("plain", "resnet"), strict=True):
         chosen = {f"{family}{depth}": networks[f"{family}{depth}"] for depth in args.depths}
         plot_curves(axis, {name: [r.rows for r in runs] for name, runs in chosen.items()})
     top = max(axis.get_ylim()[1] for axis in axes)
@@ -168,6 +176,11 @@ def _finish(figure, axes, path):
     save_figure(figure, path)
 
 
+def _rate(sizes):
+    # Leaving out the stem, whose input has other channels than all others'.
+    return (sizes[1] / sizes[-1]) ** (1 / (len(sizes) - 2))
+
+
 def gradient_rows(name: str, when: str, sizes: list[float]) -> list[str]:
     """A row of the report's table."""
     least = int(np.argmin(sizes))
@@ -185,7 +198,7 @@ def main() -> None:
     """Reads the command line, trains, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_training_arguments(parser)
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56], help="18 34: ImageNet's")
+    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
     parser.add_argument(
         "--gradient_depths", type=int, nargs="+", default=[20, 56, 110], help="of untrained nets"
     )
@@ -194,8 +207,13 @@ def main() -> None:
     if len(args.depths) < 2:
         raise InputError("--depths takes two or more")
     names = [f"{family}{depth}" for family in FAMILIES for depth in args.depths]
-    for name in [f"{family}{depth}" for family in FAMILIES for depth in args.gradient_depths]:
-        create_model(name)
+    for family in FAMILIES:
+        models = [create_model(f"{family}{depth}") for depth in args.depths + args.gradient_depths]
+        if any(model.features != create_model(names[0]).features for model in models):
+            raise InputError(
+                f"--depths {args.depths}, --gradient_depths {args.gradient_depths}: not all of them"
+                " are networks of basic units on small images (6n+2), or all on large ones (18, 34)"
+            )
     networks = train_networks(names, args, keep_checkpoints=1000)
     remember = Remembered(args.out / "degradation.jsonl")
     key = [[run_.result["train_seconds"] for run_ in runs] for runs in networks.values()]
@@ -208,7 +226,7 @@ def main() -> None:
             values = remember(
                 [*key, label], lambda found=found, deep=deep: study_deepening(found, deep, args)
             )
-            deepened[label] = Deepened(*values)
+            deepened[label] = Deepened(*(Score(*cell) for cell in values[:4]), values[4])
 
     untrained = {
         f"{family}{depth}": remember(
@@ -227,7 +245,7 @@ def main() -> None:
     draw_curves(networks, args)
     draw_gradients(untrained, in_training, args)
 
-    lines = ["# Degradation", "", budget(networks), "", "## Deeper is worse, unless residual", ""]
+    lines = ["# Degradation", "", budget(networks), "", "## Errors by depth", ""]
     lines += table(
         ["network", "training error", "test error"],
         [
@@ -248,30 +266,24 @@ def main() -> None:
         " have lower ones (test 8.75 % at depth 20, 6.97 % at 56). ImageNet, 18 to 34 layers: plain"
         " 27.94 % to 28.54 %, residual 27.88 % to 25.03 %.",
         "",
-        "## A deeper network that is no worse",
+        "## The constructed solution",
         "",
-        "The trained shallow network with identity units added at the end of each stage. Training"
-        " errors of the whole training set in evaluation. Then both are trained for as many steps"
-        " again, at the recipe's last learning rate.",
+        "The trained shallow network with identity units added at the end of each stage, and both"
+        " trained for as many steps again at the recipe's last learning rate. Training error"
+        " (training loss; test error), all in evaluation.",
         "",
     ]
+    header = ["network", "shallow", "deepened", "largest difference of logits"]
     lines += table(
-        [
-            "network",
-            "training error, shallow",
-            "deepened",
-            "largest difference of logits",
-            "trained further, shallow",
-            "deepened",
-        ],
+        [*header, "trained further, shallow", "deepened"],
         [
             [
                 label,
-                f"{values.before:.4f}",
-                f"{values.after:.4f}",
+                str(values.shallow),
+                str(values.deep),
                 f"{values.difference:g}",
-                f"{values.shallow_later:.4f}",
-                f"{values.deep_later:.4f}",
+                str(values.shallow_later),
+                str(values.deep_later),
             ]
             for label, values in deepened.items()
         ],
@@ -283,9 +295,12 @@ def main() -> None:
         "",
         "## Gradients",
         "",
-        "Mean magnitude of each convolution's gradient over 128 training images, BatchNorm"
-        " in training. The paper checked that plain networks' gradients do not vanish, with"
-        " BatchNorm in them.",
+        "Mean magnitude of each convolution's gradient over 128 training images, BatchNorm in"
+        f" training, seed {args.seeds[0]}. Between the first and the last layer of the untrained"
+        " networks they change, a layer, by a factor of "
+        + ", ".join(f"{_rate(sizes):.3f} ({name})" for name, sizes in untrained.items())
+        + ": above 1 they grow on their way back to the input, below 1 they vanish. The paper"
+        " argues that with BatchNorm plain networks' gradients do not vanish.",
         "",
     ]
     rows = [gradient_rows(name, "untrained", sizes) for name, sizes in untrained.items()]

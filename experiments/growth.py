@@ -1,7 +1,7 @@
 """Is it better to be wider, deeper, or to have more paths?
 
 python experiments/growth.py --out=runs/growth --steps=300
-python experiments/growth.py --out=runs/growth --config=configs/cifar10.py --data_dir=data
+python experiments/growth.py --out=runs/growth --papers --config=configs/cifar10.py --data_dir=data
 
 Xie et al. 2016, section 5 and Huang et al. 2017, section 4: cardinality against width at equal
 cost, growth rate and depth of DenseNets, and errors by number of parameters. `report.md` and
@@ -41,25 +41,34 @@ GROUPS = {
     "DenseNet, depth": ["densenet22_k12", "densenet31_k12", "densenet40_k12"],
     "ResNet, depth": ["resnet14", "resnet20", "resnet32", "resnet56"],
 }
+PAPERS_GROUPS = {
+    "ResNeXt, cardinality": [f"resnext29_{c}x64d" for c in (1, 2, 4, 8, 16)],
+    "ResNeXt, width": [f"resnext29_1x{d}d" for d in (64, 100, 200, 400)],
+    "DenseNet": ["densenet40_k12", "densenet100_k12", "densenet100_k24"],
+    "DenseNet-BC": ["densenet_bc100_k12", "densenet_bc250_k24", "densenet_bc190_k40"],
+    "ResNet": ["resnet20", "resnet56", "resnet110", "preact_resnet164", "preact_resnet1001"],
+}
 
 
 def main() -> None:
     """Reads the command line, trains, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_training_arguments(parser)
+    parser.add_argument("--papers", action="store_true", help="networks of the papers' sizes")
     args = parser.parse_args()
-    networks = train_networks(list(dict.fromkeys(chain.from_iterable(GROUPS.values()))), args)
+    groups = PAPERS_GROUPS if args.papers else GROUPS
+    networks = train_networks(list(dict.fromkeys(chain.from_iterable(groups.values()))), args)
 
     figure, ((axes,),) = new_figure()
     lines = ["# Growth", "", budget(networks), ""]
     rows = []
-    for group, names in GROUPS.items():
+    for group, names in groups.items():
         points = []
         for name in names:
             runs = networks[name]
             data_set = find(runs[0].config.dataset.name)
             model = create_model(name, data_set.num_classes)
-            adds = sum(row["multiply_adds"] for row in summarise(model, data_set.image_shape)[:-1])
+            adds = summarise(model, data_set.image_shape)[-1]["multiply_adds"]
             errors = [r.result["test_error"] for r in runs]
             points.append((runs[0].result["num_params"], np.mean(errors)))
             rows.append(

@@ -19,6 +19,7 @@ from scipy.stats import binom, linregress
 from study import (
     Remembered,
     budget,
+    folder,
     load_run,
     new_figure,
     progress,
@@ -29,8 +30,6 @@ from study import (
 )
 
 from resvariants import InputError, analysis, loop
-from resvariants.blocks import residual_merge
-from resvariants.resnet import ResNet
 from resvariants.workdir import read_config
 
 
@@ -51,7 +50,7 @@ def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path:
     figure, (axes,) = new_figure(3)
     axes[0].plot(counts, ".-", markersize=3)
     axes[0].set(title="paths", xlabel="length", ylabel="share of all paths")
-    axes[1].semilogy(np.median(norms, axis=1), ".-", markersize=3)
+    axes[1].semilogy(norms.mean(axis=1), ".-", markersize=3)
     axes[1].fill_between(
         range(len(norms)), *np.quantile(norms, [0.1, 0.9], axis=1), alpha=0.2, linewidth=0
     )
@@ -61,14 +60,16 @@ def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path:
     save_figure(figure, path)
 
 
-def train_effective(args: argparse.Namespace, units: int) -> list[str]:
-    """The report's part on training with `units` units a batch, by the recipe of the full net."""
+def train_effective(args: argparse.Namespace, total: int) -> list[str]:
+    """The report's part on training with the paper's share of units by the full net's recipe."""
+    units = max(1, round(total * 23 / 54))
     full = read_run(Path(args.workdir))
     config = read_config(Path(args.workdir))
-    total = analysis.count_units(loop.set_up(config).model)
     config.model.survival_probability = units / total
     config.model.survival_schedule = "uniform"
     config.model.survival_draw = "exact"
+    if args.data_dir is not None:
+        config.dataset.data_dir = args.data_dir
     loop.train(config, args.out / "effective")
     effective = read_run(args.out / "effective")
     studied = load_run(args.out / "effective", 10**9, args.data_dir)
@@ -85,7 +86,7 @@ def train_effective(args: argparse.Namespace, units: int) -> list[str]:
         ["the same, all units unscaled in the test", None, unscaled(studied.variables), ""],
     ]
     cells = [[*(f"{c:.2f}" if isinstance(c, float) else c or "" for c in row)] for row in rows]
-    header = ["trained on", "training error", "test error", "the paper's test error (23 of 54)"]
+    header = ["trained on", "training error", "test error", "the paper (CIFAR-10, 23 of 54)"]
     return [
         "## Trained on short paths only",
         "",
@@ -104,7 +105,7 @@ def main() -> None:
     """Reads the command line and studies the run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, help="a finished run of a residual network")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--out", type=folder, required=True, help="folder of the report")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
     parser.add_argument("--images", type=int, default=128, help="of the batch that all paths see")
     parser.add_argument("--samples", type=int, default=20, help="for each length; the paper: 1000")
@@ -113,12 +114,11 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.images, args.samples) < 1:
         raise InputError("--images and --samples are at least 1")
-    studied = load_run(args.workdir, args.images, args.data_dir)
-    model, batch = studied.model, studied.batches[0]
-    residual = isinstance(model, ResNet) and model.unit(1, norm=None).merge is residual_merge
-    if not residual:
-        raise InputError(f"{studied.name}: only paths of residual networks can be told apart")
+    studied = load_run(args.workdir, args.images, args.data_dir, batch_size=args.images)
+    model, (batch,) = studied.model, studied.batches
     gradient = analysis.make_path_gradients(model)
+    if args.train_effective and (analysis.residual_scales(model) != 1).any():
+        raise InputError(f"--train_effective: {studied.name} has no full net to compare with")
     remember = Remembered(args.out / "paths.jsonl")
     total = model.num_units
 
@@ -126,9 +126,8 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, length])
         found = []
         for _ in range(args.samples):
-            gates = np.zeros(total, np.float32)
-            gates[rng.choice(total, length, replace=False)] = 1
-            found.append(gradient(studied.variables, batch, gates))
+            chosen = np.isin(np.arange(total), rng.choice(total, length, replace=False))
+            found.append(gradient(studied.variables, batch, chosen))
         return found
 
     key = [*studied.key, args.samples, args.seed]
@@ -150,21 +149,22 @@ def main() -> None:
         "# Gradients by path length",
         "",
         f"{studied.name}: {total} units, {args.samples} random paths of each length, one batch of"
-        f" {args.images} test images, batch statistics as after training, seed {args.seed}.",
+        f" {studied.images} test images, batch statistics as after training, seed {args.seed}.",
         "",
-        "| | here | the paper (54 units) |",
+        "| | here | the paper (CIFAR-10, 54 units) |",
         "|---|---|---|",
         f"| mean length of all paths | {total / 2:g} | 27 |",
         f"| log10 of the norm by length: slope a unit | {fit.slope:.3f} | falls exponentially |",
         f"| the same: R squared | {fit.rvalue**2:.3f} | |",
-        f"| lengths that hold 95 % of the contribution | {first} to {last} | 5 to 17 |",
+        f"| norms of zero, left out of the fit | {np.sum(~positive)} of {positive.size} | |",
+        f"| lengths that hold 95 % of the contribution | {first} to {last} | 5 to 17, almost all |",
         f"| their share of all paths | {100 * held:.3g} % | 0.45 % |",
         "",
         "![paths, gradients, contributions](paths.png)",
         "",
     ]
     if args.train_effective:
-        lines += train_effective(args, max(1, round(total * 23 / 54)))
+        lines += train_effective(args, total)
     write_report(args.out / "report.md", lines)
 
 

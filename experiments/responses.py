@@ -33,8 +33,9 @@ MODELS = ["plain20", "plain56", "resnet20", "resnet56", "resnet110"]
 def responses(found: Finished, args: argparse.Namespace) -> np.ndarray:
     """Of each layer of the trained network, over the first test images in one batch."""
     setup, model, variables = trained(found, args.data_dir)
+    function = analysis.make_layer_responses(model)
     (batch,) = batches_of(setup, "test", args.images, args.images)
-    return np.asarray(analysis.make_layer_responses(model)(variables, batch["image"]))
+    return np.asarray(function(variables, batch["image"]))
 
 
 def main() -> None:
@@ -45,13 +46,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.images < 1:
         raise InputError("--images is at least 1")
-    networks = chosen_networks(args)
+    networks = chosen_networks(args, analysis.make_layer_responses)
     found = {name: [responses(run_, args) for run_ in runs] for name, runs in networks.items()}
 
     figure, (axes,) = new_figure(2)
     for name, of_seeds in found.items():
         mean = np.mean(of_seeds, axis=0)
-        style = "--" if "plain" in name else "-"
+        style = "--" if networks[name][0].config.model.name.startswith("plain") else "-"
         axes[0].plot(mean, style, label=name)
         axes[1].plot(np.sort(mean)[::-1], style, label=name)
     axes[0].set(xlabel="layer", ylabel="standard deviation of its response")
@@ -69,8 +70,9 @@ def main() -> None:
     lines = [
         "# Responses of the layers",
         "",
-        f"{budget(networks)} Standard deviations over {args.images} test images, all positions and"
-        " channels, with running statistics; means over seeds.",
+        f"{budget(networks)} Standard deviations over the first {args.images} test images (or all),"
+        " all positions and channels, with running statistics; means over seeds. Where BatchNorm"
+        " precedes its convolution (pre-activation), it is the normalised input that is measured.",
         "",
         *table(header, rows),
         "",

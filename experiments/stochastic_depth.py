@@ -12,6 +12,7 @@ written to --out; the same command goes on after an interruption.
 
 import argparse
 import time
+from itertools import cycle
 
 import jax
 import numpy as np
@@ -36,22 +37,24 @@ from study import (
 from resvariants import InputError, analysis, create_model
 from resvariants.gates import SURVIVAL_SCHEDULES, survival_probabilities
 from resvariants.report import plot_curves
-from resvariants.resnet import ResNet
 from resvariants.sources import find
+
+DRAWS = 16
 
 
 def first_gradients(found: Finished) -> dict[str, float]:
     """Mean magnitude of the first unit's first convolution's gradient, at every checkpoint's step.
 
-    The mean of eight batches of 128 training images, each under its own draw of units.
+    The mean of `DRAWS` batches of 128 training images, each under its own draw of units.
     """
     setup, model, _ = trained(found)
     function = analysis.make_layer_gradients(model)
-    batches = batches_of(setup, "train", 8 * 128, 128)
-    keys = jax.random.split(jax.random.key(found.config.seed), len(batches))
+    batches = batches_of(setup, "train", DRAWS * 128, 128)
     sizes = {}
     for step, variables in variables_by_step(found, setup):
-        values = [function(variables, *pair)[1] for pair in zip(batches, keys, strict=True)]
+        keys = jax.random.split(jax.random.key(step), DRAWS)
+        pairs = zip(cycle(batches), keys, strict=False)
+        values = [function(variables, *pair)[1] for pair in pairs]
         sizes[str(step)] = float(np.mean(values))
     return sizes
 
@@ -114,14 +117,18 @@ def main() -> None:
     """Reads the command line, trains, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_training_arguments(parser)
-    parser.add_argument("--model", default="resnet56", help="any residual network")
+    parser.add_argument(
+        "--model", default="resnet56", help="a residual network: [CONFIG:]MODEL[,KEY=VALUE ...]"
+    )
     parser.add_argument("--probabilities", type=float, nargs="+", default=[0.2, 0.5, 0.8])
     parser.add_argument("--rounds", type=int, default=5, help="of timing, 20 steps each")
     args = parser.parse_args()
     if args.rounds < 1:
         raise InputError("--rounds is at least 1")
-    if not isinstance(create_model(args.model), ResNet):
-        raise InputError(f"--model {args.model} has no residual units to drop")
+
+    def check(model):
+        if not analysis.is_residual(model):
+            raise InputError(f"--model {args.model} has no residual units to drop")
 
     def spec_of(probability, schedule):
         model = f"{args.model},model.survival_probability={probability:g}"
@@ -132,7 +139,7 @@ def main() -> None:
         constant,
         *(spec_of(p, schedule) for schedule in SURVIVAL_SCHEDULES for p in args.probabilities),
     ]
-    networks = train_networks(specs, args, keep_checkpoints=1000)
+    networks = train_networks(specs, args, check, keep_checkpoints=1000)
     remember = Remembered(args.out / "stochastic_depth.jsonl")
     key = [[run_.result["train_seconds"] for run_ in runs] for runs in networks.values()]
     middle = min(args.probabilities, key=lambda p: abs(p - 0.5))
@@ -147,7 +154,7 @@ def main() -> None:
     )
     draw(networks, gradients, constant, args)
 
-    total = create_model(args.model).num_units
+    total = create_model(networks[constant][0].config.model.name).num_units
     rows = []
     for spec, runs in networks.items():
         model = runs[0].config.model
@@ -179,7 +186,9 @@ def main() -> None:
     )
     lines += [
         "",
-        f"Times: all networks in turn, {args.rounds} rounds of 20 steps, on random images.",
+        f"Times: all networks in turn, {args.rounds} rounds of 20 steps, on random images."
+        f" Gradients: seed {args.seeds[0]}, means of {DRAWS} batches of 128 training images, each"
+        " under its own draw; a unit that is dropped has none.",
         "",
         "![errors by survival probability](sweep.png)",
         "![learning curves](curves.png)",

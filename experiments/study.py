@@ -21,6 +21,7 @@ from rich.progress import track
 from resvariants import InputError, loop
 from resvariants.checkpoint import Checkpoints
 from resvariants.data import evaluation_batches
+from resvariants.parallel import check_batch_size
 from resvariants.sources import Split
 from resvariants.train import TrainState
 from resvariants.workdir import Workdir, read_config, read_result
@@ -142,13 +143,17 @@ def _literal(text):
 
 
 def train_networks(
-    specs: Sequence[str], args: argparse.Namespace, **changes: Any
+    specs: Sequence[str],
+    args: argparse.Namespace,
+    check: Callable[[Any], object] = lambda model: None,
+    **changes: Any,
 ) -> dict[str, list[Finished]]:
     """Trains each network with each seed, in `--out`/SPEC/seedN, unless it is trained already.
 
-    Everything is checked before anything is trained.
+    Every recipe is checked before anything is trained.
 
     Args:
+      check: raises InputError for networks that do not fit the study.
       specs, changes: see `recipe`.
 
     Returns:
@@ -156,30 +161,46 @@ def train_networks(
 
     Raises:
       InputError: a config that cannot be trained, or a workdir of another config.
+      TrainingDiverged: with the network's name.
     """
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise InputError(f"--seeds {args.seeds}: they must differ, and be 0 or more")
+    if len(set(specs)) < len(specs):
+        raise InputError(f"networks {', '.join(specs)}: each can be there once")
     jobs = {}
     for spec in specs:
         for seed in args.seeds:
             config = recipe(spec, args, seed, **changes)
             path = args.out / spec.replace("/", "_") / f"seed{seed}"
             jobs[spec, seed] = path, config
-            if Workdir(path, config).result is None and seed == args.seeds[0]:
-                loop.set_up(config)
+            finished = Workdir(path, config).result is not None
+            if seed == args.seeds[0] and not finished:
+                check_batch_size(config.batch_size)
+                check(loop.set_up(config).model)
     for number, ((spec, seed), (path, config)) in enumerate(jobs.items(), 1):
         if Workdir(path, config).result is None:
             print(f"{spec}, seed {seed} ({number} of {len(jobs)}):", flush=True)
-            loop.train(config, path)
+            try:
+                loop.train(config, path)
+            except loop.TrainingDiverged as error:
+                raise loop.TrainingDiverged(
+                    f"{spec}, seed {seed}: {error}. Leave it out, or change its recipe with --set"
+                ) from None
             jax.clear_caches()
     return {spec: [read_run(jobs[spec, seed][0]) for seed in args.seeds] for spec in specs}
 
 
-def chosen_networks(args: argparse.Namespace) -> dict[str, list[Finished]]:
+def chosen_networks(
+    args: argparse.Namespace, check: Callable[[Any], object] = lambda model: None
+) -> dict[str, list[Finished]]:
     """The runs of each network that the command line names, trained if need be.
 
     Runs of `--workdirs` that differ in nothing but the seed are one network's.
     """
     if not args.workdirs:
-        return train_networks(args.models, args)
+        return train_networks(args.models, args, check)
+    if len({path.resolve() for path in args.workdirs}) < len(args.workdirs):
+        raise InputError("--workdirs: each run can be there once")
     groups: dict[str, list[Finished]] = {}
     for finished in map(read_run, args.workdirs):
         config = json.loads(finished.config.to_json())
@@ -220,8 +241,14 @@ class Loaded(NamedTuple):
     batches: list[dict[str, jax.Array]]
 
 
-def load_run(workdir: str, images: int, data_dir: str | None = None) -> Loaded:
+def load_run(
+    workdir: str | Path, images: int, data_dir: str | None = None, batch_size: int | None = None
+) -> Loaded:
     """The finished run in `workdir`, with the first `images` test images.
+
+    Args:
+      data_dir: where the data set lies now, if it has moved.
+      batch_size: of the images; None is that of the run's evaluation.
 
     Raises:
       InputError: no run there or none that is finished, or what `loop.load` raises.
@@ -229,7 +256,7 @@ def load_run(workdir: str, images: int, data_dir: str | None = None) -> Loaded:
     run = read_run(Path(workdir))
     setup, model, variables = trained(run, data_dir)
     images = min(images, len(setup.splits["test"].labels))
-    batches = batches_of(setup, "test", images, run.config.eval_batch_size)
+    batches = batches_of(setup, "test", images, batch_size or run.config.eval_batch_size)
     model_name, data_set = run.result["model"], run.result["dataset"]
     name = f"{workdir}: {model_name} on {data_set}"
     if run.config.model.survival_probability < 1:
@@ -253,11 +280,14 @@ class Remembered:
         self._path, self._values = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        for line in lines:
-            if line.endswith("\n"):
-                entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
-        path.write_text("".join(line for line in lines if line.endswith("\n")))
+        whole = [line for line in lines if line.endswith("\n")]
+        for line in whole:
+            entry = json.loads(line)
+            self._values[entry["key"]] = entry["value"]
+        if whole != lines:
+            repaired = path.with_suffix(".tmp")
+            repaired.write_text("".join(whole))
+            repaired.replace(path)
 
     def __call__(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The value of `key`, computed and written down if it is new."""
@@ -285,19 +315,23 @@ def progress(items: Collection[T], description: str) -> Iterator[T]:
 def budget(networks: Mapping[str, Sequence[Finished]]) -> str:
     """What was trained for how long, on what, in words for a report."""
     runs = [run for of_network in networks.values() for run in of_network]
-    seeds = sorted({run.result["seed"] for run in runs})
-    steps = sorted({run.result["steps"] for run in runs})
-    epochs = sorted({round(run.result["epochs"], 1) for run in runs})
-    sets = ", ".join(sorted({run.result["dataset"] for run in runs}))
+
+    def every(values):
+        return ", ".join(str(value) for value in sorted(set(values)))
+
     cut = any(run.config.schedule.cut_to_steps is not None for run in runs)
-    first = runs[0].result
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    versions = every(
+        f"{name} {version}" for run in runs for name, version in run.result["versions"].items()
+    )
     return (
-        f"Trained on {sets} for {_range(steps)} steps ({_range(epochs)} epochs),"
+        f"Trained on {every(run.result['dataset'] for run in runs)} for"
+        f" {_range([run.result['steps'] for run in runs])} steps"
+        f" ({_range([round(run.result['epochs'], 1) for run in runs])} epochs),"
         + (" the recipes cut in proportion," if cut else " the recipes in full,")
-        + f" on {first['devices']}. Seeds {', '.join(map(str, seeds))}; errors in per"
-        " cent, of the last epoch: training errors of batches as trained on, test errors of the"
-        f" whole test set. Versions: {versions}."
+        + f" on {every(run.result['devices'] for run in runs)}. Seeds"
+        f" {every(run.result['seed'] for run in runs)}. Errors in per cent, of the last epoch:"
+        " training errors of batches as trained on, test errors of the whole test set. Versions:"
+        f" {versions}."
     )
 
 
@@ -308,7 +342,8 @@ def mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def _range(values):
-    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def new_figure(columns: int = 1):

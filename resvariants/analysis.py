@@ -17,9 +17,9 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 
+from resvariants.blocks import residual_merge
 from resvariants.classic import VGG
 from resvariants.errors import InputError
-from resvariants.gates import survival_probabilities
 from resvariants.resnet import ResNet
 from resvariants.train import eval_step
 
@@ -51,21 +51,31 @@ def without(num_units: int, deleted: Sequence[int]) -> np.ndarray:
     return gates
 
 
-def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
-    """A function (variables, gates) -> error in per cent over `batches`, compiled once.
+def is_residual(model: nn.Module) -> bool:
+    """Whether all units of `model` add an unweighted residual to their shortcut."""
+    if not isinstance(model, ResNet):
+        return False
+    unit = model.unit(model.features[0], norm=None, parent=None)
+    return unit.merge is residual_merge and unit.weights is None
 
-    Boolean gates really skip units. Nets of stochastic depth have what is left of their residuals
-    scaled by survival probabilities, as evaluation has it, at the full cost.
+
+def residual_scales(model: nn.Module) -> np.ndarray:
+    """What evaluation multiplies residuals with, (num_units,): 1, or survival probabilities."""
+    scales = model.residual_scales() if isinstance(model, ResNet) else None
+    return np.ones(count_units(model), np.float32) if scales is None else np.asarray(scales)
+
+
+def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
+    """A function (variables, gates, order) -> error in per cent over `batches`, compiled once.
+
+    Gates are boolean and all true by default; `order` is that of `reordered` variables. Units that
+    are off are really skipped, but for nets of stochastic depth: evaluation scales what is left of
+    their residuals, at the full cost.
 
     Args:
       batches: as `data.evaluation_batches` gives them.
     """
-    num_units = count_units(model)
-    survival = None
-    if getattr(model, "survival_probability", 1.0) < 1 and model.survival_draw != "example":
-        survival = survival_probabilities(
-            model.survival_schedule, num_units, model.survival_probability
-        )
+    num_units, scales = count_units(model), residual_scales(model)
 
     @jax.jit
     def step(variables, batch, gates):
@@ -75,11 +85,11 @@ def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
         )
         return sums["errors"], sums["count"]
 
-    def errors(variables, gates=None) -> float:
-        gates = jnp.asarray(without(num_units, ()) if gates is None else gates)
-        if survival is not None:
-            gates = survival * gates
-        sums = jax.device_get([step(variables, batch, gates) for batch in batches])
+    def errors(variables, gates=None, order=None) -> float:
+        gates = without(num_units, ()) if gates is None else gates
+        if (scales != 1).any():
+            gates = gates * (scales if order is None else scales[order])  # units keep their own
+        sums = jax.device_get([step(variables, batch, jnp.asarray(gates)) for batch in batches])
         wrong, count = np.sum(np.asarray(sums, np.int64), axis=0)
         return 100 * float(wrong) / float(count)
 
@@ -127,26 +137,36 @@ def reordered(model: Any, variables: Any, order: np.ndarray) -> Any:
 
 
 def one_path_merge(shortcut, residual, gate, activate):
-    """S + F, whose gradient passes through F alone where the gate is 1, through S alone where 0."""
+    """S + |g| F, whose gradient passes through F alone where g > 0, through S alone elsewhere."""
 
     def passing(x, share):
         return share * x + (1 - share) * jax.lax.stop_gradient(x)
 
-    return activate(passing(shortcut, 1 - gate) + passing(residual, gate))
+    along = (gate > 0).astype(residual.dtype)
+    return activate(passing(shortcut, 1 - along) + passing(jnp.abs(gate) * residual, along))
 
 
 # Gradients along long paths, and more so their squares, are below float32's smallest numbers.
 PATH_SCALE = 2.0**64
 
 
-def make_path_gradients(model: ResNet):
-    """A function (variables, batch, gates) -> norm of the loss's gradient at the images.
+def make_path_gradients(model: nn.Module):
+    """A function (variables, batch, chosen) -> norm of the loss's gradient at the images.
 
-    The forward pass is the full net's, in evaluation. Backward, units whose gate is 1 pass the
-    gradient through their residual branch alone and the others through their shortcut alone: what
-    arrives has gone along one path.
+    The forward pass is the full net's, in evaluation. Backward, units whose `chosen` is true pass
+    the gradient through their residual branch alone and the others through their shortcut alone:
+    what arrives has gone along one path.
+
+    Raises:
+      InputError: not a network of unweighted residual units.
     """
+    if not (isinstance(model, ResNet) and is_residual(model)):
+        raise InputError(
+            f"{type(model).__name__}: only paths of residual networks with unweighted shortcuts can"
+            " be told apart"
+        )
     one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    scales = residual_scales(model)
 
     @jax.jit
     def gradient(variables, batch, gates):
@@ -159,8 +179,9 @@ def make_path_gradients(model: ResNet):
         largest = jnp.abs(found).max()
         return largest, optax.tree.norm(found / jnp.where(largest > 0, largest, 1))
 
-    def norm(variables, batch, gates) -> float:
-        largest, relative = gradient(variables, batch, jnp.asarray(gates, jnp.float32))
+    def norm(variables, batch, chosen) -> float:
+        gates = jnp.asarray(np.where(chosen, scales, -scales), jnp.float32)
+        largest, relative = gradient(variables, batch, gates)
         return float(largest) * float(relative) / PATH_SCALE
 
     return norm
@@ -174,16 +195,19 @@ def by_layer(tree: Any, kind: str) -> jax.Array:
         called `rest`, one for each unit.
       kind: "conv" or "norm": the stem's, and those of every unit's branch.
     """
-    layers = [jnp.ravel(*jax.tree.leaves(tree["stem"][kind]))] if "stem" in tree else []
+    layers = []
+    if "stem" in tree:
+        (leaf,) = jax.tree.leaves(tree["stem"][kind])
+        layers.append(jnp.ravel(leaf))
     for i in count(1):
         if f"stage{i}" not in tree:
             break
         stage = tree[f"stage{i}"]
         for units in (stage["first"], stage.get("rest", {})):
             names = sorted(name for name in units if re.fullmatch(rf"{kind}\d+", name))
-            if names:
-                of_units = [jnp.ravel(*jax.tree.leaves(units[name])) for name in names]
-                layers.append(jnp.stack(of_units, axis=1).ravel())
+            leaves = [leaf for name in names for leaf in jax.tree.leaves(units[name])]
+            if leaves:
+                layers.append(jnp.stack([jnp.ravel(leaf) for leaf in leaves], axis=1).ravel())
     return jnp.concatenate(layers)
 
 
@@ -219,21 +243,24 @@ def make_layer_gradients(model: ResNet | VGG):
     return gradients
 
 
-def make_layer_responses(model: ResNet | VGG):
+def make_layer_responses(model: nn.Module):
     """A function (variables, images) -> standard deviation of each layer's response, in evaluation.
 
     A response is what BatchNorm makes of a convolution's output, before ReLU and addition (He et
     al. 2015, figure 7); where BatchNorm precedes its convolution, what it makes of the input.
 
     Raises:
-      InputError: the network has no BatchNorm.
+      InputError: not a ResNet, nor a VGG with BatchNorm.
     """
+    if not isinstance(model, ResNet) and not (isinstance(model, VGG) and model.batch_normed):
+        raise InputError(
+            f"{type(model).__name__}: responses are measured after BatchNorm, in a ResNet or in a"
+            " VGG that has it"
+        )
 
     @jax.jit
     def responses(variables, images):
-        _, found = model.apply(variables, images, train=False, mutable=["intermediates"])
-        if not found:
-            raise InputError(f"{type(model).__name__} has no BatchNorm, whose outputs are measured")
-        return by_layer(found["intermediates"], "norm")
+        _, found = model.apply(variables, images, train=False, mutable=["responses"])
+        return by_layer(found["responses"], "norm")
 
     return responses

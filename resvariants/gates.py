@@ -108,12 +108,12 @@ def draw_for_examples(key: jax.Array, survival: jax.Array, batch: int) -> jax.Ar
     return jax.random.bernoulli(key, survival, (len(survival), batch, 1, 1, 1)) / survival
 
 
-def draw_exactly(key: jax.Array, num_units: int, probability: float) -> jax.Array:
-    """Boolean gates (num_units,), of which the same number is true in every draw.
+def draw_exactly(key: jax.Array, num_units: int, kept: int) -> jax.Array:
+    """Boolean gates (num_units,), of which `kept` are true in every draw.
 
     Veit et al. 2016 train only on short paths so: exactly 23 of 54 units for each batch.
     """
-    return jax.random.permutation(key, jnp.arange(num_units) < round(probability * num_units))
+    return jax.random.permutation(key, jnp.arange(num_units) < kept)
 
 
 class StochasticDepth(nn.Module):

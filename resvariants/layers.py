@@ -234,8 +234,9 @@ class BatchNorm(nn.Module):
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             y = _affine(x, running_mean.value, factor, bias)
-            if self.is_mutable_collection("intermediates"):  # for `analysis.layer_responses`
-                self.sow("intermediates", "deviation", y.astype(jnp.float32).std())
+            if self.is_mutable_collection("responses") and not self.is_initializing():
+                # For `analysis.make_layer_responses`.
+                self.sow("responses", "deviation", y.astype(jnp.float32).std())
             return y
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)

@@ -359,7 +359,8 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
     compile_seconds = time.perf_counter() - clock
     # Only now, when nothing about the config can be wrong any more, anything is written.
     with workdir.writing():
-        log = _run(config, setup, shapes, workdir, batches, compiled, compile_seconds)
+        given = variables is not None
+        log = _run(config, setup, shapes, workdir, batches, compiled, compile_seconds, given)
         result = _result(config, setup, shapes, log, compile_seconds)
         workdir.finish(result, log.rows)
     print_table(result_table(result))
@@ -368,14 +369,14 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
 def _state_from(setup, variables):
     fresh = setup.new_state()
-    variables = jax.tree.map(jnp.copy, variables)  # the train step takes its state's buffers
+    variables = jax.tree.map(jnp.array, jax.device_get(variables))  # from whatever devices
     given = fresh.replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
     if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, fresh):
         raise InputError("the variables to start from are of another network than the config's")
     return given
 
 
-def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds):
+def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds, given):
     # Trains from the last checkpoint to the end; returns the log.
     parallel, total = setup.parallel, setup.total_steps
     evaluate = make_evaluator(setup, config.eval_batch_size)
@@ -388,11 +389,13 @@ def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds):
         Reporter(total) as reporter,
     ):
         start, train_seconds = checkpoints.latest_step or 0, 0.0
-        if start:
+        if checkpoints.latest_step is not None:
             state, counters = checkpoints.restore(shapes, parallel.replicated)
             train_seconds = counters["train_seconds"]
         else:
             state = setup.new_state()
+            if given:  # the config does not know them: whoever goes on must find them here
+                checkpoints.save(0, state, {"train_seconds": 0.0})
         workdir.keep_rows(start)
         state = parallel.replicate(state)
         reporter.line(

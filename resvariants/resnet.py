@@ -68,7 +68,7 @@ def apply_stacked(
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
-    mutable = [c for c in ("batch_stats", "intermediates") if parent.is_mutable_collection(c)]
+    mutable = [c for c in ("batch_stats", "responses") if parent.is_mutable_collection(c)]
 
     rngs = {}
     if parent.has_rng("dropout"):
@@ -272,22 +272,38 @@ class ResNet(nn.Module):
         outputs |= pool_and_classify(x, self.num_classes)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
-    def _stochastic_depth_gates(self, train, batch):
+    def residual_scales(self) -> jax.Array | None:
+        """What evaluation multiplies each unit's residual with, (num_units,); None is 1 for all."""
         check_choice("survival_draw", self.survival_draw, ("batch", "exact", "example"))
-        if self.survival_draw == "exact" and self.survival_schedule != "uniform":
-            raise InputError(
-                "survival_draw 'exact' keeps all units alike: it needs survival_schedule 'uniform'"
-            )
         survival = survival_probabilities(
             self.survival_schedule, self.num_units, self.survival_probability
         )
+        if self.survival_draw == "exact":
+            survival = jnp.full_like(survival, self._kept() / self.num_units)
+        constant = self.survival_probability == 1 or self.survival_draw == "example"
+        return None if constant else survival
+
+    def _kept(self):
+        kept = round(self.survival_probability * self.num_units)
+        if self.survival_schedule != "uniform" or kept == 0:
+            raise InputError(
+                "survival_draw 'exact' keeps the same number of units always, all alike: it needs"
+                " survival_schedule 'uniform', and a survival probability that keeps one at least"
+                f" of {self.num_units}"
+            )
+        return kept
+
+    def _stochastic_depth_gates(self, train, batch):
+        scales = self.residual_scales()
         if self.survival_probability == 1 or self.is_initializing():
             return None
-        if self.survival_draw == "example":
-            return draw_for_examples(self.make_rng("dropout"), survival, batch) if train else None
         if not train:
-            return survival
-        key = self.make_rng("stochastic_depth")
+            return scales
         if self.survival_draw == "exact":
-            return draw_exactly(key, self.num_units, self.survival_probability)
-        return jax.random.bernoulli(key, survival)
+            return draw_exactly(self.make_rng("stochastic_depth"), self.num_units, self._kept())
+        survival = survival_probabilities(
+            self.survival_schedule, self.num_units, self.survival_probability
+        )
+        if self.survival_draw == "example":
+            return draw_for_examples(self.make_rng("dropout"), survival, batch)
+        return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)

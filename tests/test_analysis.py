@@ -106,9 +106,9 @@ def test_gradients_of_all_paths_sum_to_the_gradient():
 
     paths = [
         gradient(one_path, jnp.array([a, b, c], jnp.float32))
-        for a in (0, 1)
-        for b in (0, 1)
-        for c in (0, 1)
+        for a in (-1, 1)
+        for b in (-1, 1)
+        for c in (-1, 1)
     ]
     np.testing.assert_allclose(sum(paths), gradient(model, None), atol=1e-5)
 
@@ -124,22 +124,40 @@ def test_norms_of_path_gradients_are_those_of_the_loss(net):
         return -jax.nn.log_softmax(logits)[np.arange(6), labels].mean()
 
     for length in (0, 4, 9):
-        gates = jnp.asarray(np.arange(9) < length, jnp.float32)
-        expected = np.sqrt((np.asarray(jax.grad(loss)(x, gates), np.float64) ** 2).sum())
-        found = norm(variables, batch(x, labels), gates)
+        chosen = np.arange(9) < length
+        grad = jax.grad(loss)(x, jnp.where(chosen, 1.0, -1.0))
+        expected = np.sqrt((np.asarray(grad, np.float64) ** 2).sum())
+        found = norm(variables, batch(x, labels), chosen)
         assert found == pytest.approx(expected, rel=1e-4) and found > 0
 
 
-def test_the_forward_pass_along_one_path_is_the_whole_nets(net):
+@pytest.mark.parametrize("survival", [1.0, 0.5])
+def test_the_forward_pass_along_one_path_is_the_whole_nets(net, survival):
     model, variables, x = net
+    model = model.clone(survival_probability=survival)
     one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
-    gates = jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 1], jnp.float32)
+    scales = analysis.residual_scales(model)
+    assert (scales == 1).all() == (survival == 1)
+    gates = jnp.where(jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 1], bool), scales, -scales)
     np.testing.assert_allclose(
         one_path.apply(variables, x, train=False, gates=gates),
         model.apply(variables, x, train=False),
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_reordered_units_keep_their_survival_probabilities(net):
+    model, variables, x = net
+    skipping = model.clone(survival_probability=0.5)
+    order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
+    moved = analysis.reordered(model, variables, order)
+    scales = jnp.asarray(analysis.residual_scales(skipping))
+    expected = model.apply(moved, x, train=False, gates=scales[order])
+    in_place = model.apply(moved, x, train=False, gates=scales)
+    assert np.abs(expected - in_place).max() > 1e-3
+    errors = analysis.make_errors(skipping, [batch(x, expected.argmax(-1))])
+    assert errors(moved, order=order) == 0
 
 
 def test_first_units_are_where_stages_begin():
@@ -166,9 +184,8 @@ def test_responses_are_deviations_after_every_normalisation_in_their_order(net, 
 
 def test_networks_without_normalisation_have_no_responses():
     model = VGG((1, 1), (4, 4), 5, hidden=())
-    variables = random_variables(model, TINY)
-    with pytest.raises(InputError, match="VGG has no BatchNorm"):
-        analysis.make_layer_responses(model)(variables, images(1, *TINY))
+    with pytest.raises(InputError, match="VGG: responses are measured after BatchNorm"):
+        analysis.make_layer_responses(model)
 
 
 def test_gradients_of_layers_come_in_the_networks_order(net):
@@ -204,5 +221,8 @@ def test_dropped_units_have_no_gradient(net):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="DenseNet has no gates"):
         analysis.count_units(create_model("densenet40_k12"))
+    for name in ("plain20", "resnet110_exclusive_gating", "densenet40_k12"):
+        with pytest.raises(InputError, match="only paths of residual networks"):
+            analysis.make_path_gradients(create_model(name))
     with pytest.raises(InputError, match="none has two to swap"):
         analysis.swapped(VGG((2, 1), (4, 4), 5), 1, np.random.default_rng(0))

@@ -201,24 +201,28 @@ def test_the_other_convention_drops_examples_one_by_one_and_rescales_in_training
 
 def test_exact_draws_keep_the_same_number_of_units_and_favour_none():
     draws = np.array(
-        [draw_exactly(key, 54, 23 / 54) for key in jax.random.split(jax.random.key(0), 400)]
+        [draw_exactly(key, 54, 23) for key in jax.random.split(jax.random.key(0), 400)]
     )
     assert (draws.sum(axis=1) == 23).all()
     counts = draws.sum(axis=0)  # 170 expected, 9.9 the standard deviation
     assert counts.min() > 120 and counts.max() < 220
 
 
-def test_exact_draws_scale_residuals_in_evaluation_and_need_the_uniform_schedule():
-    options = {"survival_probability": 1 / 3, "survival_schedule": "uniform"}
-    model = create_model("resnet8", survival_draw="exact", **options)
-    variables, x = random_variables(model, TINY), images(2, *TINY)
+def test_exact_draws_scale_residuals_by_the_share_that_they_keep():
+    options = {"survival_draw": "exact", "survival_schedule": "uniform"}
+    variables, x = random_variables(create_model("resnet8"), TINY), images(2, *TINY)
+    # Half of three units: two of three are kept.
     np.testing.assert_allclose(
-        model.apply(variables, x, train=False),
-        create_model("resnet8").apply(variables, x, train=False, gates=jnp.full(3, 1 / 3)),
+        create_model("resnet8", survival_probability=0.5, **options).apply(
+            variables, x, train=False
+        ),
+        create_model("resnet8").apply(variables, x, train=False, gates=jnp.full(3, 2 / 3)),
         rtol=1e-6,
     )
-    with pytest.raises(InputError, match="needs survival_schedule 'uniform'"):
-        model.clone(survival_schedule="linear").apply(variables, x, train=False)
+    for wrong in ({"survival_schedule": "linear"}, {"survival_probability": 0.1}):
+        settings = {"survival_probability": 0.5, **options, **wrong}
+        with pytest.raises(InputError, match="needs survival_schedule 'uniform'"):
+            create_model("resnet8", **settings).apply(variables, x, train=False)
 
 
 def test_rescaled_gates_are_one_on_average():

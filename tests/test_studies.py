@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -148,12 +150,22 @@ def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
 
 @pytest.mark.slow
 def test_degradation_deepens_and_follows_gradients(tmp_path, start):
-    options = ["--steps=4", "--depths", "8", "14", "--gradient_depths", "8"]
+    options = [
+        "--steps=4",
+        "--depths",
+        "8",
+        "14",
+        "--gradient_depths",
+        "8",
+        "--set",
+        "batch_size=8",
+    ]
     start(degradation, f"--out={tmp_path}", *options)
     report = check_report(tmp_path, "preact_resnet14")
     for name in ("plain8 to plain14", "resnet8 to resnet14"):
         before, after, difference, *_ = cells(report, f"{name}, seed 0")
-        assert before == after and float(difference) < 1e-6
+        error, loss, _ = map(float, re.findall(r"[\d.]+", before))
+        assert 0 < error < 100 and loss > 0 and before == after and float(difference) < 1e-6
     trained = tmp_path / "resnet14_from_resnet8" / "seed0"
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert {row["learning_rate"] for row in rows} == {0.001}
@@ -164,7 +176,15 @@ def test_degradation_deepens_and_follows_gradients(tmp_path, start):
 
 
 def test_survival_probabilities_are_swept(tmp_path, start):
-    options = ["--model=resnet8", "--steps=2", "--probabilities", "0.5", "--rounds=1"]
+    options = [
+        "--model=resnet8",
+        "--set",
+        "batch_size=8",
+        "--steps=2",
+        "--probabilities",
+        "0.5",
+        "--rounds=1",
+    ]
     start(stochastic_depth, f"--out={tmp_path}", *options)
     report = check_report(tmp_path, "linear", "uniform")
     expected = [line.split("|")[3].strip() for line in report.splitlines() if " of 3 |" in line]
@@ -211,12 +231,26 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
         (["--models", "configs/nothing.py:resnet8"], "no such config file"),
         (["--models", "configs/cifar10.py:resnet8", "--data_dir=nowhere"], "not prepared"),
         (["--models", "resnet8", "--steps=0"], "no step at all"),
-        (["--models", "resnet8", "--epochs=-1"], "no step at all"),
+        (["--models", "configs/default.py:resnet8"], "is no recipe"),
+        (["--models", "resnet8", "--set", "batch_size=1000"], "exceeds"),
     ):
         assert says in refused(start, compare, out, *arguments)
-    says = refused(start, stochastic_depth, out, "--model=densenet40_k12")
-    assert "no residual units" in says
+    for name in ("densenet40_k12", "plain8"):
+        says = refused(start, stochastic_depth, out, f"--model={name}")
+        assert "no residual units" in says or "has no option" in says
+    assert "after BatchNorm" in refused(start, responses, out, "--models", "highway19")
     assert "two or more" in refused(start, degradation, out, "--depths", "20")
+    assert "not all of them" in refused(start, degradation, out, "--depths", "20", "50")
+    assert "must differ" in refused(start, compare, out, "--seeds", "1", "1")
+    assert "each can be" in refused(start, compare, out, "--models", "resnet8", "resnet8")
+    assert "each run" in refused(start, compare, out, "--workdirs", finished, finished)
+    for arguments in (
+        ["--epochs=nan"],
+        ["--steps=1", "--epochs=1"],
+        [f"--out={finished}/config.json"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            start(compare, out, *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -251,6 +285,13 @@ def test_a_study_is_a_program(finished, tmp_path):
     done = program("--workdirs", "nowhere", "--out=other")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_the_shortest_range_that_holds_a_share():
+    contributions = np.array([1.0, 5, 60, 30, 3, 1])
+    assert paths.shortest_range(contributions, 0.95) == (1, 3)
+    assert paths.shortest_range(contributions, 0.6) == (2, 2)
+    assert paths.shortest_range(contributions, 1.0) == (0, 5)
 
 
 def test_a_spec_names_config_model_and_changes():

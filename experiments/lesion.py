@@ -81,7 +81,8 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     jobs |= {("single", unit): partial(without, unit) for unit in range(total)}
     jobs |= {("many", n, r): partial(deleted, n, r) for n in numbers for r in repeats}
     if max(run.model.stage_sizes) > 2:  # or no stage has two units of one shape
-        jobs |= {("swaps", n, r): partial(swapped, n, r) for n in numbers for r in repeats}
+        # More of them, since one swap changes less than one deletion.
+        jobs |= {("swaps", 4 * n, r): partial(swapped, 4 * n, r) for n in numbers for r in repeats}
     jobs["times",] = speed
     found = {
         job: remember([*run.key, args.seed, *job], compute)

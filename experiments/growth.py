@@ -1,6 +1,6 @@
 """Is it better to be wider, deeper, or to have more paths?
 
-python experiments/growth.py --out=runs/growth --steps=150
+python experiments/growth.py --out=runs/growth --steps=150 --set schedule.learning_rate=0.01
 python experiments/growth.py --out=runs/growth --papers --config=configs/cifar10.py --data_dir=data
 
 Xie et al. 2016, section 5 and Huang et al. 2017, section 4: cardinality against width at equal

@@ -6,7 +6,7 @@ running statistics are averaged over devices at every step.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,23 @@ class Parallel(NamedTuple):
     batch_sharding: NamedSharding
     replicated: NamedSharding
     bn_axis_name: str | None
+
+
+@cache
+def compiler_options() -> dict[str, str]:
+    """What `jax.jit` should compile the step with; nothing if this version knows no such option.
+
+    XLA's CPU backend leaves convolutions to a library, YNNPACK, that takes longer for them than
+    XLA's own code does (experiments/results/benchmark.md); here it is left the sums alone.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
 
 
 def check_batch_size(size: int) -> None:
@@ -100,6 +117,7 @@ def make_parallel(mode: str, sync_batch_norm: bool) -> Parallel:
             in_shardings=(replicated, sharded),
             out_shardings=(replicated, replicated),
             donate_argnums=0,
+            compiler_options=compiler_options(),
         )
 
     return Parallel(

@@ -129,21 +129,25 @@ class Stage(nn.Module):
         check_choice("remat", self.remat, REMAT)
         if self.num_units < 1:
             raise InputError(f"a stage of {self.num_units} units: it needs at least one")
-        unit = partial(self.unit, self.features, remat=self.remat != "none")
-        first = partial(unit, activated=True) if self.activated else unit
-        x = first(strides=self.strides, name="first")(x, None if gates is None else gates[0])
+        unit = partial(self.unit, self.features)
+        first = partial(unit, strides=self.strides, remat=self.remat != "none", name="first")
+        if self.activated:
+            first = partial(first, activated=True)
+        x = first()(x, None if gates is None else gates[0])
         length = self.num_units - 1
         if length == 0:
             return x
         return apply_stacked(
             self,
             "rest",
-            unit(parent=None),
+            unit(remat=self.remat == "block", parent=None),
             x,
             None if gates is None else gates[1:],
             length,
             unroll=self.unroll,
-            group=isqrt(length) if self.remat == "sqrt" else None,
+            # Kept: length / group inputs, and about four arrays of that size for each unit of the
+            # one group whose backward pass is running.
+            group=max(1, isqrt(length // 4)) if self.remat == "sqrt" else None,
         )
 
 
@@ -190,7 +194,8 @@ class ResNet(nn.Module):
         the same number of units always (`gates.draw_exactly`; uniform schedule only); "example":
         another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
-        rest; "sqrt": keep only every sqrt(n)-th of a stage's n inputs, and recompute twice.
+        rest; "sqrt": keep only the inputs of groups of units, about sqrt(n) arrays for a stage of n
+        units (Chen et al. 2016), and recompute as much.
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
         None is one, but for stages of three units, where the loop costs more than it saves.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.

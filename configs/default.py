@@ -61,6 +61,9 @@ def get_config() -> ConfigDict:
     config.parallel = "jit"  # jit over a mesh of all devices, or pmap
     config.sync_batch_norm = True  # statistics of the global batch, or of each device's share
 
+    # A folder of compiled programs for later runs to take; safe to delete. None is no such thing.
+    config.compilation_cache = placeholder(str)
+
     config.log_every_steps = 100
     config.eval_every_epochs = 1.0
     config.checkpoint_every_epochs = 1.0

@@ -21,6 +21,7 @@ from resvariants.layers import (
     check_size,
     conv,
     pool_and_classify,
+    recomputed,
 )
 from resvariants.resnet import ImageNetStem
 
@@ -32,8 +33,8 @@ class DenseLayer(nn.Module):
       growth_rate: k.
       bottleneck: the 1x1 convolution's width in multiples of k; 0 is none.
       dropout: a factory of dropout modules, for after every convolution.
-      memory_efficient: compute concatenation, BN, ReLU and the first convolution once more in the
-        backward pass instead of keeping them.
+      memory_efficient: keep only what convolutions give, and do concatenation, BN and ReLU once
+        more in the backward pass (Pleiss et al. 2017).
     """
 
     growth_rate: int
@@ -46,20 +47,46 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[jax.Array]) -> jax.Array:
         """Feature maps (batch, height, width, any channels) -> (batch, height, width, k)."""
-
-        def first(layer, features):
-            x = nn.relu(layer.norm(name="norm1")(jnp.concatenate(features, axis=-1)))
-            if layer.bottleneck:
-                return layer.conv(layer.bottleneck * layer.growth_rate, 1, name="conv1")(x)
-            return layer.conv(layer.growth_rate, 3, name="conv1")(x)
-
-        if self.memory_efficient:
-            first = nn.remat(first)
-        x = self.dropout()(first(self, tuple(features)))
         if self.bottleneck:
-            x = nn.relu(self.norm(name="norm2")(x))
-            x = self.dropout()(self.conv(self.growth_rate, 3, name="conv2")(x))
-        return x
+            features = [self.norm_relu_conv(1, features, self.bottleneck * self.growth_rate, 1)]
+            return self.norm_relu_conv(2, features, self.growth_rate, 3)
+        return self.norm_relu_conv(1, features, self.growth_rate, 3)
+
+    def norm_relu_conv(self, number, features, channels, kernel_size):
+        """`features` side by side, normalised and convolved by `norm1` and `conv1`, or 2."""
+        factories = {
+            f"norm{number}": self.norm,
+            f"conv{number}": partial(self.conv, channels, kernel_size),
+        }
+
+        def apply(norm, conv, *features):
+            return conv(nn.relu(norm(jnp.concatenate(features, axis=-1))))
+
+        if not self.memory_efficient or self.is_initializing():
+            norm, conv = (factory(name=name) for name, factory in factories.items())
+            return self.dropout()(apply(norm, conv, *features))
+
+        norm, conv = (factory(parent=None) for factory in factories.values())
+        norm_variables, conv_variables = (
+            {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+            for name in factories
+        )
+
+        def apply_variables(norm_variables, conv_variables, *features):
+            updates = {}
+
+            def normalise(x):
+                y, updated = norm.apply(norm_variables, x, mutable=["batch_stats"])
+                updates.update(updated)
+                return y
+
+            return apply(normalise, partial(conv.apply, conv_variables), *features), updates
+
+        x, updates = recomputed(apply_variables, norm_variables, conv_variables, *features)
+        if self.is_mutable_collection("batch_stats"):
+            for kind, tree in updates.items():
+                self.put_variable(kind, f"norm{number}", tree)
+        return self.dropout()(x)
 
 
 class DenseBlock(nn.Module):
@@ -107,8 +134,7 @@ class DenseNet(nn.Module):
       dropout_rate: of dropout after every convolution but the stem's; 0.2 in the paper's runs
         without augmentation. Needs the rng stream `dropout` in training.
       memory_efficient: activations in memory grow linearly with depth instead of quadratically,
-        at the price of computing some of them twice (see `DenseLayer`). XLA's CPU backend merges
-        both computations again, so that nothing is saved there.
+        at the price of computing some of them twice (see `DenseLayer`).
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
     """

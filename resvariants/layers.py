@@ -303,6 +303,37 @@ def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
     return classify(x.mean((1, 2)), num_classes)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(function: Callable, *args):
+    """`function(*args)`, of which the backward pass keeps nothing but `args`.
+
+    `jax.checkpoint` for code outside of loops, where XLA's CPU backend finds that something is
+    computed twice and keeps the first result after all. It does not look into conditionals.
+    """
+    return function(*args)
+
+
+def _recomputed_forward(function, *args):
+    return function(*args), args
+
+
+def _recomputed_backward(function, args, gradients):
+    def backward(args, gradients):
+        return jax.vjp(function, *args)[1](gradients)
+
+    if jax.default_backend() != "cpu":
+        return backward(*lax.optimization_barrier((args, gradients)))
+    # The predicate is always true, which the compiler does not know. As it depends on the gradient,
+    # nothing can be recomputed before its time.
+    some = jax.tree.leaves(gradients)[0].ravel()[0]
+    always = ~(jnp.abs(jnp.sign(some)) > 1)
+    never = partial(jax.tree.map, jnp.zeros_like)
+    return lax.cond(always, backward, lambda args, _: never(args), args, gradients)
+
+
+recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+
+
 def check_size(what: str, x: jax.Array, least: int) -> None:
     """Raises InputError if `x`, `what` in words, has less than `least` rows or columns."""
     height, width = x.shape[1:3]

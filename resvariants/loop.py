@@ -21,13 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from ml_collections import ConfigDict
 
 from resvariants import sources, zoo
 from resvariants.checkpoint import Checkpoints
 from resvariants.data import TrainingBatches, evaluation_batches, normalisation, split_validation
 from resvariants.errors import InputError, choose
-from resvariants.parallel import Parallel, check_batch_size, make_parallel
+from resvariants.parallel import (
+    Parallel,
+    check_batch_size,
+    compiler_options,
+    make_parallel,
+)
 from resvariants.report import Reporter, print_table, result_table
 from resvariants.resnet import ResNet
 from resvariants.summary import abstract_variables, count_parameters
@@ -167,7 +173,7 @@ def make_evaluator(setup: Setup, batch_size: int) -> Callable[[TrainState, str],
     devices can share.
     """
     batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
-    step = jax.jit(partial(eval_step, model=setup.model))
+    step = jax.jit(partial(eval_step, model=setup.model), compiler_options=compiler_options())
 
     def evaluate(state, split):
         start = time.perf_counter()
@@ -329,6 +335,9 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
     if config.tensorboard:
         summary_writer()
     check_batch_size(config.batch_size)
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        reset_cache()  # or JAX goes on with what it found when it compiled first
     setup = set_up(config)
     if variables is not None:
         setup = setup._replace(new_state=partial(_state_from, setup, variables))

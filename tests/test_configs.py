@@ -46,6 +46,7 @@ def types(config, prefix=""):
 DEFAULT = flat(default.get_config())
 # What may be None, and what it is otherwise.
 PLACEHOLDERS = {
+    "compilation_cache": str,
     "dataset.data_dir": str,
     "model.dropout_rate": float,
     "model.unroll": int,

@@ -94,6 +94,19 @@ def test_the_memory_efficient_gradient_is_the_same():
     check_tree(ours, theirs, atol=1e-5 * scale)
 
 
+def test_the_compiled_gradient_holds_less_if_memory_efficient():
+    """Compilers see when the same is computed twice, and may undo what was asked for."""
+
+    def held(memory_efficient):
+        model = DenseNet((12,), 8, 10, bottleneck=4, memory_efficient=memory_efficient)
+        x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+        variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+        lowered = gradient(model).lower(variables["params"], variables["batch_stats"], x)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert held(True) < 0.5 * held(False)
+
+
 def test_what_is_kept_grows_linearly_if_asked_to_and_quadratically_if_not():
     """Numbers that the forward pass leaves to the backward pass, for n, 2n and 4n layers."""
 

@@ -68,6 +68,28 @@ def test_convolution_and_its_gradients(size, stride, padding, dilation, groups, 
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_fast_gradients_agree_with_autodiff(size, stride, groups):
+    """On a batch that the weight gradient takes in several chunks."""
+    x, kernel = draw(3 * layers.CHUNK, 8, 9, 8), draw(size, size, 8 // groups, 12)
+    settings = {
+        "window_strides": (stride, stride),
+        "padding": [(size // 2, size // 2)] * 2,
+        "dimension_numbers": lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC),
+        "feature_group_count": groups,
+    }
+    ours = partial(layers.conv_general_dilated, **settings)
+    native = partial(lax.conv_general_dilated, **settings)
+    grad = draw(*jax.eval_shape(native, x, kernel).shape)
+    assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, kernel)) or size == 1
+    for fast, slow in zip(
+        gradients(ours, x, kernel, grad), gradients(native, x, kernel, grad), strict=True
+    ):
+        np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4 * float(jnp.abs(slow).max()))
+
+
 def test_convolutions_take_the_fast_gradients():
     def primitives(groups):
         conv = layers.conv(4, 3, feature_group_count=groups)

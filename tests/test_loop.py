@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import digits
@@ -239,6 +240,30 @@ def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path)
     altered["batch_size"], altered["tensorboard"] = 63, True
     (copy / "config.json").write_text(json.dumps(altered))
     assert loop.evaluate(copy, "test")["error"] == finished[1]["test_error"]
+
+
+def test_compiled_programs_are_taken_from_the_cache(tmp_path):
+    cache = tmp_path / "cache"
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in settings}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        results = [
+            loop.train(config(compilation_cache=str(cache)), tmp_path / run) for run in "abc"[:2]
+        ]
+        programs = sorted(path.name for path in cache.iterdir())
+        assert programs
+        shutil.rmtree(cache)
+        results.append(loop.train(config(compilation_cache=str(cache)), tmp_path / "c"))
+        assert cache.exists()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+    assert len({result["test_error"] for result in results}) == 1
+    states = [final_state(tmp_path / run) for run in "abc"]
+    for state in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, state, states[0])
 
 
 def test_a_config_of_another_version_is_named(tmp_path):

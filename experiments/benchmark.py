@@ -1,185 +1,636 @@
-"""Measures the train step: what its compilation costs, and its speed against stock Flax.
+"""What does depth cost, beside stock Flax and PyTorch: compilation, time and memory of a step?
 
-python experiments/benchmark.py compile [--models resnet20 resnet110 resnet1202] [--rounds 5]
-python experiments/benchmark.py step [--model resnet20] [--batch_size 128] [--rounds 7]
-python experiments/benchmark.py models [--models resnet50 resnext50_32x4d ...] [--batch_size 2]
+python experiments/benchmark.py --out=runs/benchmark [--sections compile step ...] [--full]
 
-Everything compared is measured in one process, the contenders in turn, on random images.
+Contenders take turns within one process, on random images; ratios are taken within a round. Results
+go to OUT/benchmark.json, benchmark.md and benchmark.png. PyTorch is left out where it is missing
+(pip install -e '.[benchmark]').
 """
 
 import argparse
-import re
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+# Not in need of the package's other requirements: it runs where there is JAX, Flax and Optax alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from commandline import run
-from flax import linen as nn
+from jax import lax
+from peers import StockResNet, torch_convolutions, torch_resnet, torch_runs, torchvision_net
 
-from configs import default
-from resvariants import InputError, create_model
-from resvariants.loop import describe_devices
-from resvariants.summary import count_parameters
-from resvariants.train import create_state, make_optimizer, make_schedule, train_step
-from resvariants.zoo import find
+from resvariants import create_model
+from resvariants.layers import NHWC, conv_general_dilated
+from resvariants.parallel import compiler_options
+from resvariants.summary import summarise
+from resvariants.train import TrainState, create_state, eval_step, make_optimizer, train_step
 
-
-class StockResNet(nn.Module):
-    """What one writes first in Flax: every unit a module of its own, autodiff's own gradients."""
-
-    units: int
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        """Images (batch, 32, 32, 3) -> logits (batch, 10); option A as in `resnet20`."""
-        conv = partial(
-            nn.Conv,
-            kernel_size=(3, 3),
-            padding=1,
-            use_bias=False,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        )
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
-        x = nn.relu(norm()(conv(16)(x)))
-        for stage, features in enumerate((16, 32, 64)):
-            for unit in range(self.units):
-                strides = 2 if stage and not unit else 1
-                y = nn.relu(norm()(conv(features, strides=strides)(x)))
-                y = norm()(conv(features)(y))
-                zeros = features - x.shape[-1]
-                x = jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, zeros)))
-                x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
+TORCH = importlib.util.find_spec("torch") is not None
+DEPTHS = (
+    "resnet20",
+    "resnet56",
+    "resnet110",
+    "preact_resnet164",
+    "preact_resnet1001",
+    "resnet1202",
+)
+CIFAR = (32, 32, 3)
 
 
-def jitted_step(model, image_shape, batch_size):
-    """The train step of `model`, not yet compiled, with a state and a batch for it."""
-    config = default.get_config()
-    schedule, _ = make_schedule(config.schedule, 1.0)
-    optimizer = make_optimizer(config.optimizer, schedule)
+def jitted_step(model, image_shape, batch_size, classes=10, *, stock=False):
+    """The train step of `model`, not yet compiled, with a state and a batch for it.
+
+    `stock` initialises and compiles as one does without this library.
+    """
+    settings = SimpleNamespace(
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=1e-4,
+        weight_decay_parameters="kernel$",
+        clip_norm=None,
+    )
+    optimizer = make_optimizer(settings, lambda step: 0.1)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(batch_size, *image_shape)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 10, batch_size), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, classes, batch_size), jnp.int32),
     }
-    state = create_state(model, optimizer, 0, image_shape)
-    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0), donate_argnums=0)
+    if stock:
+        init = jax.jit(partial(model.init, train=False))
+        variables = init(jax.random.key(0), batch["image"][:1])
+        params, stats = variables["params"], variables["batch_stats"]
+        state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+    else:
+        state = create_state(model, optimizer, 0, image_shape)
+    step = jax.jit(
+        partial(train_step, model=model, optimizer=optimizer, seed=0),
+        donate_argnums=0,
+        compiler_options={} if stock else compiler_options(),
+    )
     return step, state, batch
 
 
-def measure_compile(models: list[str], batch_size: int, rounds: int) -> None:
-    """Prints what tracing, lowering and compiling each model's step takes."""
-    inputs = {
-        name: jitted_step(create_model(name), find(name).image_shape, batch_size) for name in models
-    }
+def compiled_step(*args, **options):
+    """The same, compiled, with `run(steps)` that waits until so many are done."""
+    step, state, batch = jitted_step(*args, **options)
+    compiled = step.lower(state, batch).compile()
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+
+    return compiled, run
+
+
+def take_turns(contenders: dict[str, Callable[[int], None]], rounds: int, steps: int):
+    """Seconds a step of each, one value a round, after a warm-up each."""
+    for run in contenders.values():
+        run(1)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(steps)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return seconds
+
+
+def against(seconds: dict[str, list[float]], base: str, name: str) -> str:
+    """How many times faster `name` is than `base`: the rounds' median, least and greatest."""
+    ratios = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def megabytes(compiled) -> float:
+    """Temporary memory of a compiled step."""
+    return round(compiled.memory_analysis().temp_size_in_bytes / 1e6)
+
+
+def compile_section(rounds, full):
+    """Seconds to a compiled step, batch 16: init is the state's, compilation of it included."""
+    models = {name: create_model(name) for name in DEPTHS}
+    stock = (20, 56, 110) if full else (20, 110)
+    for depth in stock:
+        models[f"stock Flax {depth}"] = StockResNet((depth - 2) // 6)
     seconds: dict[str, list] = {name: [] for name in models}
     for _ in range(rounds):
-        for name, (step, state, batch) in inputs.items():
+        for name, model in models.items():
             jax.clear_caches()
             marks = [time.perf_counter()]
+            step, state, batch = jitted_step(model, CIFAR, 16, stock="stock" in name)
+            jax.block_until_ready(state)
+            marks.append(time.perf_counter())
             traced = step.trace(state, batch)
             marks.append(time.perf_counter())
             lowered = traced.lower()
             marks.append(time.perf_counter())
             lowered.compile()
             marks.append(time.perf_counter())
-            seconds[name].append([*np.diff(marks), marks[-1] - marks[0]])
-    print(f"batch {batch_size}, {describe_devices()}, medians of {rounds} rounds")
-    print(
-        "| model | trace s | lower s | compile s | sum s | sum / first |\n|---|---|---|---|---|---|"
-    )
+            seconds[name].append([*np.diff(marks), marks[-1] - marks[1], marks[-1] - marks[0]])
     medians = {name: np.median(rows, axis=0) for name, rows in seconds.items()}
-    for name, median in medians.items():
-        cells = [*median, median[-1] / medians[models[0]][-1]]
-        print(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    columns = ("init s", "trace s", "lower s", "compile s", "step's sum s", "with init s")
+    return [
+        {"network": name}
+        | {column: f"{value:.2f}" for column, value in zip(columns, row, strict=True)}
+        | {"step's sum / ResNet-20's": f"{row[4] / medians['resnet20'][4]:.2f}"}
+        for name, row in medians.items()
+    ]
 
 
-def measure_step(name: str, batch_size: int, rounds: int) -> None:
-    """Prints images per second of ours and of stock Flax, and the ratio of each round."""
-    match = re.fullmatch(r"resnet(\d+)", name)
-    if match is None or find(name).image_shape != (32, 32, 3) or (int(match[1]) - 2) % 6:
-        raise InputError(f"stock Flax is written here for CIFAR nets of depth 6n+2, not {name}")
-    contenders = {
-        "resvariants": create_model(name),
-        "resvariants, block remat": create_model(name, remat="block"),
-        "stock Flax": StockResNet((int(match[1]) - 2) // 6),
-    }
-    runs, seconds = {}, {label: [] for label in contenders}
-    for label, model in contenders.items():
-        step, state, batch = jitted_step(model, (32, 32, 3), batch_size)
-        state, _ = step(state, batch)  # compiles
-        runs[label] = [step, jax.block_until_ready(state), batch]
+def start_section(rounds, full):
+    """Seconds from the start of a process to the end of its first step, batch 16."""
+    names = ("resnet20", "resnet1202")
+    seconds: dict[str, list] = {name: [] for name in names}
     for _ in range(rounds):
-        for label, run_ in runs.items():
-            step, state, batch = run_
+        for name in names:
             start = time.perf_counter()
-            for _ in range(2):
-                state, _ = step(state, batch)
-            run_[1] = jax.block_until_ready(state)
-            seconds[label].append((time.perf_counter() - start) / 2)
-    print(f"{name}, batch {batch_size}, {describe_devices()}, {rounds} rounds of 2 steps each")
-    print(
-        "| contender | images/s (median) | times stock Flax: median (min to max) |\n|---|---|---|"
+            subprocess.run([sys.executable, __file__, "--first_step", name], check=True)
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            "network": name,
+            "seconds (median)": f"{statistics.median(s):.1f}",
+            "worst": f"{max(s):.1f}",
+        }
+        for name, s in seconds.items()
+    ]
+
+
+def step_section(rounds, full):
+    """Images per second, training and evaluation, against stock Flax and PyTorch."""
+    rows = []
+    for depth, batch_size in ((20, 128), (110, 32)):
+        units = (depth - 2) // 6
+        models = {
+            "resvariants": create_model(f"resnet{depth}"),
+            "resvariants, block remat": create_model(f"resnet{depth}", remat="block"),
+            "stock Flax": StockResNet(units),
+        }
+        train, evaluate = {}, {}
+        for name, model in models.items():
+            stock = name == "stock Flax"
+            _, train[name] = compiled_step(model, CIFAR, batch_size, stock=stock)
+            if "remat" not in name:
+                evaluate[name] = evaluation(model, batch_size, stock)
+        kinds = (False, True) if full or depth == 20 else (False,)
+        for compiled in kinds if TORCH else ():
+            name = "PyTorch, torch.compile" if compiled else "PyTorch, eager"
+            train[name], evaluate[name] = torch_runs(
+                torch_resnet(units), CIFAR, batch_size, 10, compiled=compiled, half=False
+            )
+        for what, contenders in (("training", train), ("evaluation", evaluate)):
+            seconds = take_turns(contenders, rounds, 2)
+            for name, times in seconds.items():
+                row = {
+                    "network": f"ResNet-{depth}, batch {batch_size}",
+                    "what": what,
+                    "contender": name,
+                    "images/s": f"{batch_size / statistics.median(times):,.0f}",
+                    "times stock Flax": against(seconds, "stock Flax", name),
+                }
+                if TORCH:
+                    row["times PyTorch eager"] = against(seconds, "PyTorch, eager", name)
+                rows.append(row)
+    return rows
+
+
+def evaluation(model, batch_size, stock):
+    """`run(steps)` of the evaluation step."""
+    _, state, batch = jitted_step(model, CIFAR, batch_size, stock=stock)
+    batch["mask"] = jnp.ones(batch_size, bool)
+    step = jax.jit(
+        partial(eval_step, model=model),
+        compiler_options={} if stock else compiler_options(),
     )
-    for label, times in seconds.items():
-        ratios = [a / b for a, b in zip(seconds["stock Flax"], times, strict=True)]
-        print(
-            f"| {label} | {batch_size / statistics.median(times):,.1f} |"
-            f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+
+    def run(steps):
+        for _ in range(steps):
+            sums = step(state.params, state.batch_stats, batch)
+        jax.block_until_ready(sums)
+
+    return run
+
+
+def depth_section(rounds, full):
+    """A step at batch 16 by depth and remat; memory is the step's temporary memory."""
+    rows = []
+    names = DEPTHS if full else ("resnet20", "resnet110", "resnet1202")
+    runs, memory = {}, {}
+    for name in names:
+        for remat in ("none", "block", "sqrt"):
+            compiled, runs[name, remat] = compiled_step(create_model(name, remat=remat), CIFAR, 16)
+            memory[name, remat] = megabytes(compiled)
+    seconds = take_turns(runs, max(2, rounds // 2), 1)
+    for (name, remat), times in seconds.items():
+        units = create_model(name).num_units
+        per_unit = {
+            kind: 1e3 * statistics.median(seconds[name, kind]) / units for kind in ("none", remat)
+        }
+        rows.append(
+            {
+                "network": name,
+                "units": units,
+                "remat": remat,
+                "MB": f"{memory[name, remat]:,.0f}",
+                "MB / none": f"{memory[name, remat] / memory[name, 'none']:.2f}",
+                "step s": f"{statistics.median(times):.3f}",
+                "ms a unit": f"{per_unit[remat]:.2f}",
+                "time / none": f"{per_unit[remat] / per_unit['none']:.2f}",
+            }
+        )
+    return rows
+
+
+def stochastic_section(rounds, full):
+    """ResNet-110 with linear decay to p_L = 0.5, against constant depth, at batch 32."""
+    rows = []
+    for remat in ("none", "block"):
+        contenders = {
+            label: compiled_step(create_model("resnet110", remat=remat, **options), CIFAR, 32)[1]
+            for label, options in (
+                ("constant depth", {}),
+                ("stochastic depth", {"survival_probability": 0.5}),
+            )
+        }
+        # Many steps a round: how many units are kept changes from step to step.
+        seconds = take_turns(contenders, rounds, 8)
+        constant, stochastic = (np.array(times) for times in seconds.values())
+        ratios = stochastic / constant
+        rows.append(
+            {
+                "remat": remat,
+                "constant s": f"{np.median(constant):.3f}",
+                "stochastic s": f"{np.median(stochastic):.3f}",
+                "stochastic / constant": f"{np.median(ratios):.2f}"
+                f" ({ratios.min():.2f} to {ratios.max():.2f})",
+            }
+        )
+    return rows
+
+
+def families_section(rounds, full):
+    """Other families' steps; multiply-adds are the forward pass's, three times that a step."""
+    cases = (
+        ("resnet20", 128, {}),
+        ("resnext29_8x64d", 8, {}),
+        ("densenet_bc100_k12", 16, {}),
+        ("densenet_bc100_k12", 16, {"memory_efficient": True}),
+    )
+    runs, rows = {}, []
+    for name, batch_size, options in cases:
+        compiled, run = compiled_step(create_model(name, **options), CIFAR, batch_size)
+        runs[name, batch_size, *options] = run
+        rows.append({"network": " ".join((name, *options)), "batch": batch_size})
+        rows[-1]["MB"] = f"{megabytes(compiled):,.0f}"
+    seconds = list(take_turns(runs, rounds, 1).values())
+    for (name, batch_size, _), times, row in zip(cases, seconds, rows, strict=True):
+        rate = batch_size / statistics.median(times)
+        work = summarise(create_model(name), CIFAR)[-1]["multiply_adds"]
+        row |= {
+            "step s": f"{statistics.median(times):.3f}",
+            "images/s": f"{rate:,.1f}",
+            "multiply-adds": f"{work:,}",
+            "forward multiply-adds/s": f"{rate * work / 1e9:.1f}e9",
+        }
+    return rows
+
+
+def input_section(rounds, full):
+    """Sampling and augmenting a batch of 128 on the device, beside ResNet-20's step."""
+    from resvariants.data import TrainingBatches
+    from resvariants.sources import Split
+
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (50_000, *CIFAR), np.uint8), np.zeros(50_000, np.int32))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mean, scale = np.full((1, *CIFAR), 125, np.float32), np.full((1, 1, 1, 1), 60, np.float32)
+    batches = TrainingBatches(
+        split, 128, 0, mean, scale, crop_padding=4, flip=True, sharding=here, replicated=here
+    )
+
+    def sample(steps):
+        for i in range(steps):
+            batch = batches[i]
+        jax.block_until_ready(batch)
+
+    _, step = compiled_step(create_model("resnet20"), CIFAR, 128)
+    seconds = take_turns({"input": sample, "step": step}, rounds, 4)
+    shares = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    medians = {name: f"{1e3 * statistics.median(times):.1f}" for name, times in seconds.items()}
+    return [
+        {
+            "input ms": medians["input"],
+            "step ms": medians["step"],
+            "share": f"{100 * statistics.median(shares):.1f} %",
+        }
+    ]
+
+
+def ceilings_section(rounds, full):
+    """What the machine gives: products, copies, fresh memory, and ResNet-20's convolutions."""
+    big = jnp.ones((2048, 2048))
+    long = jnp.ones(64 * 2**20 // 4)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+
+    def times(function, *args):
+        def run(steps):
+            for _ in range(steps):
+                jax.block_until_ready(function(*args))
+
+        return run
+
+    def fresh(steps):
+        for _ in range(steps):
+            np.empty(64 * 2**20, np.uint8)[::4096] = 1
+
+    seconds = take_turns(
+        {"product": times(product, big, big), "copy": times(copy, long), "fresh": fresh}, rounds, 2
+    )
+    best = {name: min(values) for name, values in seconds.items()}
+    rows = [
+        {
+            "what": "float32 matrix product, 2048",
+            "measured": f"{2 * 2048**3 / best['product'] / 1e9:.0f} GFLOP/s",
+        },
+        {
+            "what": "copy, read and written",
+            "measured": f"{2 * 64 * 2**20 / best['copy'] / 1e9:.1f} GB/s",
+        },
+        {
+            "what": "touching memory fresh from the system",
+            "measured": f"{64 * 2**20 / best['fresh'] / 1e9:.1f} GB/s",
+        },
+    ]
+    for channels, size in ((16, 32), (32, 16), (64, 8)):
+        runs = convolutions(channels, size)
+        seconds = take_turns(runs, rounds, 1)
+        rows += [
+            {"what": name, "measured": f"{1e3 * statistics.median(values):.1f} ms"}
+            for name, values in seconds.items()
+        ]
+    return rows
+
+
+def convolutions(channels, size):
+    """`run(steps)` of ResNet-20's convolution at batch 128 and its gradients"""
+    shape = (128, size, size, channels)
+    numbers = lax.conv_dimension_numbers(shape, (3, 3, channels, channels), NHWC)
+    convolve = partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding=[(1, 1)] * 2,
+        dimension_numbers=numbers,
+    )
+    kernel = jnp.ones((3, 3, channels, channels))
+    x = jnp.ones((1, *shape))
+
+    def each(function):
+        # In a scan, as in a network; what it makes is written out.
+        return jax.jit(
+            lambda x: lax.scan(lambda carry, x: (carry, function(x)), 0, x)[1],
+            compiler_options=compiler_options(),
         )
 
+    def pull(wrt):
+        return lambda x: jax.vjp(convolve, x, kernel)[1](x)[wrt]
 
-def measure_models(models: list[str], batch_size: int) -> None:
-    """Prints for each network at its full size what a train step takes, and its loss."""
-    print(f"batch {batch_size}, {describe_devices()}; seconds of the second and third step's mean")
-    print("| model | images | parameters | compile s | step s | loss |\n|---|---|---|---|---|---|")
-    for name in models:
-        shape = find(name).image_shape
-        step, state, batch = jitted_step(create_model(name), shape, batch_size)
-        parameters = count_parameters(state.params)
-        start = time.perf_counter()
-        compiled = step.lower(state, batch).compile()
-        compile_seconds = time.perf_counter() - start
-        state, metrics = jax.block_until_ready(compiled(state, batch))
-        loss = float(metrics["loss"])
-        start = time.perf_counter()
-        for _ in range(2):
-            state, _ = compiled(state, batch)
+    functions = {
+        "forward": each(lambda x: convolve(x, kernel)),
+        "input gradient": each(pull(0)),
+        "kernel gradient": each(pull(1)),
+    }
+    label = f"3x3 convolution, 128x{size}x{size}x{channels}"
+
+    def ours(function):
+        def run(steps):
+            for _ in range(steps):
+                jax.block_until_ready(function(x))
+
+        return run
+
+    runs = {f"{label}, {name}": ours(function) for name, function in functions.items()}
+    if TORCH:
+        theirs = torch_convolutions(128, channels, size)
+        runs |= {f"{label}, {name}, PyTorch": run for name, run in theirs.items()}
+    return runs
+
+
+def accelerator_section(rounds, full, dtype, batch_size):
+    """Full-size networks against PyTorch, with torch.compile, channels last and autocast."""
+    cases = [(name, (224, 224, 3), batch_size or 256, 1000) for name in TORCHVISION]
+    cases += [
+        (name, CIFAR, batch_size or 128, 10)
+        for name in ("resnet110", "resnet1202", "preact_resnet1001")
+    ]
+    rows = []
+    for name, shape, batch, classes in cases:
+        options = {} if dtype == "float32" else {"dtype": jnp.dtype(dtype)}
+        label = f"{name}, {shape[0]}x{shape[1]}, batch {batch}, {dtype}"
+        contenders, memory = {}, {}
+        variants = {"resvariants": options, "resvariants, unrolled by 3": {**options, "unroll": 3}}
+        if "densenet" in name:
+            variants = {
+                "resvariants": options,
+                "memory-efficient": {**options, "memory_efficient": True},
+            }
+        for variant, chosen in variants.items():
+            model = create_model(name, **chosen)
+            start = time.perf_counter()
+            compiled, contenders[variant] = compiled_step(model, shape, batch, classes)
+            memory[variant] = f"{megabytes(compiled):,.0f}"
+            print(f"{label}: {variant} compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        if name.startswith("resnet") and shape == CIFAR:
+            chosen = {**options, "survival_probability": 0.5}
+            model = create_model(name, **chosen)
+            contenders["stochastic depth"] = compiled_step(model, shape, batch)[1]
+            contenders["ten steps a dispatch"] = ten_steps(create_model(name, **options), batch)
+        if name == "resnet110" and TORCH:
+            net = torch_resnet(18)
+        elif name in TORCHVISION and importlib.util.find_spec("torchvision"):
+            net = torchvision_net(TORCHVISION[name])
+        else:
+            net = None
+        if net is not None:
+            contenders["PyTorch, torch.compile"], _ = torch_runs(
+                net, shape, batch, classes, compiled=True, half=dtype == "bfloat16"
+            )
+        seconds = take_turns(contenders, rounds, 10)
+        rows += [
+            {
+                "network": label,
+                "contender": contender,
+                "images/s": f"{batch / statistics.median(times):,.0f}",
+                "step ms": f"{1e3 * statistics.median(times):.1f}",
+                "MB": memory.get(contender, ""),
+                "times PyTorch": against(seconds, "PyTorch, torch.compile", contender)
+                if net is not None
+                else "not measured",
+            }
+            for contender, times in seconds.items()
+        ]
+    return rows
+
+
+TORCHVISION = {
+    "resnet50": "resnet50",
+    "resnext50_32x4d": "resnext50_32x4d",
+    "densenet121": "densenet121",
+}
+
+
+def ten_steps(model, batch_size):
+    """`run(steps)` of the train step, ten in one program."""
+    step, state, batch = jitted_step(model, CIFAR, batch_size)
+    ten = jax.jit(
+        lambda state: lax.fori_loop(0, 10, lambda _, state: step(state, batch)[0], state),
+        donate_argnums=0,
+    )
+
+    def run(steps):
+        nonlocal state
+        for _ in range(max(steps // 10, 1)):
+            state = ten(state)
         jax.block_until_ready(state)
-        cells = f"{compile_seconds:.1f} | {(time.perf_counter() - start) / 2:.2f} | {loss:.2f}"
-        print(f"| {name} | {'x'.join(map(str, shape))} | {parameters:,} | {cells} |", flush=True)
+
+    return run
+
+
+SECTIONS = {
+    "start": (start_section, 2, 5, 1),
+    "compile": (compile_section, 2, 5, 3),
+    "step": (step_section, 7, 15, 3),
+    "depth": (depth_section, 4, 8, 4),
+    "stochastic": (stochastic_section, 5, 10, 2),
+    "families": (families_section, 3, 7, 2),
+    "input": (input_section, 7, 15, 1),
+    "ceilings": (ceilings_section, 9, 15, 1),
+}
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([str(v) for v in row.values()] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def versions() -> str:
+    """Hardware and software, in one line."""
+    names = ["jax", "jaxlib", "flax", "optax", "numpy"] + ["torch"] * TORCH
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    tunables = os.environ.get("GLIBC_TUNABLES", "none")
+    return (
+        f"{devices}, {os.cpu_count()} cores; Python {platform.python_version()}, {found};"
+        f" GLIBC_TUNABLES {tunables}"
+    )
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Compilation, time and memory against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    rows = results.get("compile", [])
+    for label, stock in (("resvariants", False), ("stock Flax", True)):
+        points = [
+            (int("".join(filter(str.isdigit, row["network"]))), float(row["with init s"]))
+            for row in rows
+            if row["network"].startswith("stock") == stock
+        ]
+        if points:
+            axes[0].plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axes[0].set(title="initialise, trace, lower, compile", xlabel="layers", ylabel="seconds")
+    for axis, key, title, unit in (
+        (axes[1], "ms a unit", "a step's time, by unit", "milliseconds a unit"),
+        (axes[2], "MB", "a step's temporary memory", "MB"),
+    ):
+        for remat in ("none", "block", "sqrt"):
+            points = [
+                (row["units"], float(row[key].replace(",", "")))
+                for row in results.get("depth", [])
+                if row["remat"] == remat and row["network"].startswith("resnet")
+            ]
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), "o-", label=f"remat {remat}")
+        axis.set(title=title, xlabel="units of ResNet-20 to 1202", ylabel=unit, xscale="log")
+    axes[2].set_yscale("log")
+    for axis in axes:
+        if axis is not axes[2]:
+            axis.set_ylim(bottom=0)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="what", required=True)
-    compile_parser = what.add_parser("compile", help="trace, lower and compile seconds by depth")
-    compile_parser.add_argument(
-        "--models", nargs="+", default=["resnet20", "resnet110", "resnet1202"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    compile_parser.add_argument("--batch_size", type=int, default=16)
-    compile_parser.add_argument("--rounds", type=int, default=5)
-    step_parser = what.add_parser("step", help="images per second against stock Flax")
-    step_parser.add_argument("--model", default="resnet20")
-    step_parser.add_argument("--batch_size", type=int, default=128)
-    step_parser.add_argument("--rounds", type=int, default=7)
-    models_parser = what.add_parser("models", help="a train step of any networks at full size")
-    models_parser.add_argument(
-        "--models", nargs="+", default=["resnet50", "resnext50_32x4d", "densenet121"]
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--sections", nargs="+", choices=[*SECTIONS, "accelerator"], default=list(SECTIONS)
     )
-    models_parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="more rounds, networks and peers")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch_size", type=int, help="of the accelerator section")
+    parser.add_argument("--first_step", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what == "compile":
-        measure_compile(args.models, args.batch_size, args.rounds)
-    elif args.what == "models":
-        measure_models(args.models, args.batch_size)
-    else:
-        measure_step(args.model, args.batch_size, args.rounds)
+    if args.first_step:
+        compiled_step(create_model(args.first_step), CIFAR, 16)[1](1)
+        return
+    if args.out is None:
+        parser.error("--out is missing: a folder for the results, such as runs/benchmark")
+    args.out.mkdir(parents=True, exist_ok=True)
+    known = {name: SECTIONS[name] for name in args.sections if name in SECTIONS}
+    minutes = sum(guess * (3 if args.full else 1) for *_, guess in known.values())
+    print(f"{versions()}\n{', '.join(args.sections)}: about {minutes} minutes on two cores\n")
+    results, text = {}, f"{versions()}\n\nCommand: {' '.join(sys.argv)}\n"
+    for name in args.sections:
+        start = time.perf_counter()
+        if name == "accelerator":
+            section, rounds = (
+                partial(accelerator_section, dtype=args.dtype, batch_size=args.batch_size),
+                5,
+            )
+            section.__doc__ = accelerator_section.__doc__
+        else:
+            section, short, long, _ = SECTIONS[name]
+            rounds = long if args.full else short
+        results[name] = section(rounds, args.full)
+        title = f"\n## {name}\n\n{section.__doc__} {rounds} rounds.\n\n"
+        part = f"{title}{table(results[name])}\n"
+        print(part, f"({time.perf_counter() - start:.0f} s)", sep="\n", flush=True)
+        text += part
+        # After every section, so that an interrupted run leaves what it measured.
+        (args.out / "benchmark.md").write_text(text)
+        record = {"versions": versions(), "arguments": sys.argv[1:], "results": results}
+        (args.out / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") and {"compile", "depth"} & results.keys():
+        draw(results, args.out / "benchmark.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

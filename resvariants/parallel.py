@@ -41,15 +41,19 @@ class Parallel(NamedTuple):
 
 
 @cache
-def compiler_options() -> dict[str, str]:
-    """What `jax.jit` should compile the step with; nothing if this version knows no such option.
+def compiler_options(*, once: bool = False) -> dict[str, Any]:
+    """What `jax.jit` should compile a step with, or a program that runs `once`, such as `init`.
 
-    XLA's CPU backend leaves convolutions to a library, YNNPACK, that takes longer for them than
-    XLA's own code does (experiments/results/benchmark.md); here it is left the sums alone.
+    On CPUs XLA leaves convolutions to a library, YNNPACK, that takes longer for them than XLA's own
+    code does; here it is left the sums alone. And what runs once is compiled quickly rather than
+    well. (Measured in experiments/results/benchmark.md.) Nothing on other backends, and nothing if
+    this version knows no such options.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    if once:
+        options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import struct, traverse_util
 from jax import lax
 
 from resvariants.errors import InputError, check_choice
+from resvariants.parallel import compiler_options
 
 
 class TrainState(struct.PyTreeNode):
@@ -31,7 +33,7 @@ def create_state(
 ) -> TrainState:
     """A fresh state; `image_shape` is (height, width, channels)."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(once=True))
     def init(key):
         variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
         params = variables["params"]

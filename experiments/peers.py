@@ -1,5 +1,6 @@
 """What the networks are measured against: stock Flax and PyTorch, as one writes them first."""
 
+import os
 from functools import partial
 
 import jax.numpy as jnp
@@ -73,6 +74,8 @@ def torch_runs(net, image_shape, batch_size, classes, *, compiled, half):
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA has
+    torch.backends.cudnn.benchmark = True  # as XLA, which tries convolutions out, too
     rng = np.random.default_rng(0)
     height, width, channels = image_shape
     images = torch.tensor(rng.normal(size=(batch_size, channels, height, width)), device=device)

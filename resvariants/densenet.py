@@ -72,20 +72,21 @@ class DenseLayer(nn.Module):
             for name in factories
         )
 
+        mutable = ["batch_stats"] if self.is_mutable_collection("batch_stats") else []
+
         def apply_variables(norm_variables, conv_variables, *features):
             updates = {}
 
             def normalise(x):
-                y, updated = norm.apply(norm_variables, x, mutable=["batch_stats"])
+                y, updated = norm.apply(norm_variables, x, mutable=mutable)
                 updates.update(updated)
                 return y
 
             return apply(normalise, partial(conv.apply, conv_variables), *features), updates
 
         x, updates = recomputed(apply_variables, norm_variables, conv_variables, *features)
-        if self.is_mutable_collection("batch_stats"):
-            for kind, tree in updates.items():
-                self.put_variable(kind, f"norm{number}", tree)
+        for kind, tree in updates.items():
+            self.put_variable(kind, f"norm{number}", tree)
         return self.dropout()(x)
 
 

@@ -6,11 +6,13 @@ path counts and effective-path training are all choices of this vector.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from resvariants.errors import InputError, choose
 
@@ -21,20 +23,64 @@ def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = Fa
     - None: `on(unit, None, x)`.
     - float: `on(unit, gate, x)`, which scales the branch; 0 and 1 give what the booleans give, at
       full cost.
-    - boolean: a conditional between `on(unit, None, x)` and `off(unit, x)`. Where false, the work
-      is saved and the branch's BatchNorm statistics stay put. All devices must see the same value,
-      or collectives inside the branch never meet.
+    - boolean: a conditional between `on(unit, None, x)` and `off(unit, x)`, or just one of them if
+      the value is Python's own. Where false, the work is saved and the branch's BatchNorm
+      statistics stay put. All devices must see the same value, or collectives inside the branch
+      never meet.
 
     With `remat`, only `x` is kept for the backward pass. (Around the conditional instead of inside
     its branches, rematerialisation would run both.)
     """
     if remat:
         on, off = nn.remat(on), nn.remat(off)
-    if gate is None or unit.is_initializing():
+    if gate is False:
+        return off(unit, x)
+    if gate is None or gate is True or unit.is_initializing():
         return on(unit, None, x)
     if jnp.result_type(gate) == jnp.bool_:
         return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
     return on(unit, jnp.asarray(gate, x.dtype), x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_if(on, off, gate, variables, x, extra):
+    """`on(variables, x, extra)` if the boolean `gate`, else `off(variables, x)`, for CPUs.
+
+    `on` gives an array like x and a tree; `off`, which is cheap, the same. What the conditional of
+    `apply_gate` does, written as a loop of one turn or none: XLA's CPU backend spreads the work in
+    loops over the cores, but not the work in conditionals. The backward pass keeps nothing but the
+    arguments, because what is kept in a branch would have to be written where it is skipped, too.
+    """
+    result = off(variables, x)
+
+    def turn(i, _):
+        return on(variables, _in_turn(x, i), extra)
+
+    return lax.fori_loop(0, gate.astype(jnp.int32), turn, result)
+
+
+def _in_turn(x, i):
+    # Just x in turn 0. But did the compiler know, it would take the work on x out of the loop.
+    return x * (1 + i).astype(x.dtype)
+
+
+def _run_if_forward(on, off, gate, variables, x, extra):
+    return run_if(on, off, gate, variables, x, extra), (gate, variables, x, extra)
+
+
+def _run_if_backward(on, off, saved, gradients):
+    gate, variables, x, extra = saved
+    skipped = jax.vjp(off, variables, x)[1](gradients)
+
+    def turn(i, _):
+        x_now = _in_turn(x, i)
+        return jax.vjp(lambda variables, x: on(variables, x, extra), variables, x_now)[1](gradients)
+
+    grads = lax.fori_loop(0, gate.astype(jnp.int32), turn, skipped)
+    return None, *grads, None
+
+
+run_if.defvjp(_run_if_forward, _run_if_backward)
 
 
 def check_gates(gates, num_units: int) -> jax.Array:

@@ -65,19 +65,16 @@ def _conv_backward(strides, padding, dilation, saved, grad):
             x, grad, dilation, pads, rhs_dilation=strides, dimension_numbers=NHWC
         )
 
-    # A few images at a time stay in the processor's cache. They come from all over the batch: where
-    # it is spread over devices, each holds its own.
+    # A few images at a time stay in the processor's cache. They come from all over the batch, so
+    # that several devices, if their number divides CHUNK, take each its own part of them.
     chunks, rest = divmod(len(x), CHUNK)
     if rest or chunks < 2 or kernel.shape[2] * kernel.shape[3] > CHUNKED_CHANNELS:
         total = correlate(x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3))
     else:
         x, grad = (a.reshape(CHUNK, chunks, *a.shape[1:]) for a in (x, grad))
-        total, _ = lax.scan(
-            lambda total, pair: (total + correlate(*pair), None),
-            jnp.zeros((kernel.shape[2], *window, kernel.shape[3]), x.dtype),
-            (x.transpose(1, 4, 2, 3, 0), grad.transpose(1, 2, 3, 0, 4)),
-            unroll=2,
-        )
+        pairs = (x.transpose(1, 4, 2, 3, 0), grad.transpose(1, 2, 3, 0, 4))
+        parts = lax.scan(lambda _, pair: (None, correlate(*pair)), None, pairs, unroll=2)[1]
+        total = parts.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(0).astype(x.dtype)
     return grad_x, total.transpose(1, 2, 0, 3)
 
 

@@ -336,6 +336,7 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
         summary_writer()
     check_batch_size(config.batch_size)
     if config.compilation_cache is not None:
+        # For the rest of this process.
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         reset_cache()  # or JAX goes on with what it found when it compiled first
     setup = set_up(config)

@@ -47,7 +47,7 @@ def compiler_options(*, once: bool = False) -> dict[str, Any]:
     On CPUs XLA leaves convolutions to a library, YNNPACK, that takes longer for them than XLA's own
     code does; here it is left the sums alone. And what runs once is compiled quickly rather than
     well. (Measured in experiments/results/benchmark.md.) Nothing on other backends, and nothing if
-    this version knows no such options.
+    this version knows no such options. `pmap` takes none, so that it is slower on CPUs.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -55,7 +55,7 @@ def compiler_options(*, once: bool = False) -> dict[str, Any]:
     if once:
         options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     try:
-        jax.jit(lambda: 0, compiler_options=options)()
+        jax.jit(lambda: 0).lower().compile(options)
     except jax.errors.JaxRuntimeError:
         return {}
     return options

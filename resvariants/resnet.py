@@ -23,6 +23,7 @@ from resvariants.gates import (
     draw_exactly,
     draw_for_examples,
     gates_by_stage,
+    run_if,
     survival_probabilities,
 )
 from resvariants.layers import (
@@ -74,8 +75,18 @@ def apply_stacked(
     if parent.has_rng("dropout"):
         rngs["dropout"] = jax.random.split(parent.make_rng("dropout"), length)
 
+    def on(variables, x, rngs):
+        return unit.apply(variables, x, True, mutable=mutable, rngs=rngs)
+
+    def off(variables, x):
+        return unit.apply(variables, x, False, mutable=mutable)
+
+    skips = gates is not None and gates.dtype == jnp.bool_ and "responses" not in mutable
+
     def body(x, unit_slice):
         variables, gate, rngs = unit_slice
+        if skips and jax.default_backend() == "cpu":
+            return run_if(on, off, gate, variables, x, rngs)
         return unit.apply(variables, x, gate, mutable=mutable, rngs=rngs)
 
     if unroll is None:
@@ -194,8 +205,8 @@ class ResNet(nn.Module):
         the same number of units always (`gates.draw_exactly`; uniform schedule only); "example":
         another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
-        rest; "sqrt": keep only the inputs of groups of units, about sqrt(n) arrays for a stage of n
-        units (Chen et al. 2016), and recompute as much.
+        rest; "sqrt": keep only the inputs of groups of units (Chen et al. 2016), all in all about
+        4 sqrt(n) arrays for a stage of n units, and recompute each unit once, as "block" does.
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
         None is one, but for stages of three units, where the loop costs more than it saves.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.

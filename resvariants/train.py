@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +32,6 @@ def create_state(
 ) -> TrainState:
     """A fresh state; `image_shape` is (height, width, channels)."""
 
-    @partial(jax.jit, compiler_options=compiler_options(once=True))
     def init(key):
         variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
         params = variables["params"]
@@ -44,7 +42,10 @@ def create_state(
             optimizer.init(params),
         )
 
-    return init(jax.random.key(seed))
+    key = jax.random.key(seed)
+    # Within `jax.eval_shape` or another `jit`, a `jit` takes no options.
+    options = {} if isinstance(key, jax.core.Tracer) else compiler_options(once=True)
+    return jax.jit(init, compiler_options=options)(key)
 
 
 def train_step(

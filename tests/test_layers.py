@@ -90,6 +90,17 @@ def test_fast_gradients_agree_with_autodiff(size, stride, groups):
         np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4 * float(jnp.abs(slow).max()))
 
 
+def test_many_chunks_add_up_in_float32():
+    """Added one by one in bfloat16, they would be off by several per cent."""
+    x, grad = (draw(64 * layers.CHUNK, 4, 4, 2).astype(jnp.bfloat16) + 1 for _ in range(2))
+    kernel = jnp.zeros((3, 3, 2, 2), jnp.bfloat16)
+    geometry = ((1, 1), ((1, 1), (1, 1)), (1, 1))
+    _, ours = layers._conv_backward(*geometry, (x, kernel), grad)
+    wide = (a.astype(jnp.float32) for a in (x, kernel))
+    _, exact = layers._conv_backward(*geometry, tuple(wide), grad.astype(jnp.float32))
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.01)
+
+
 def test_convolutions_take_the_fast_gradients():
     def primitives(groups):
         conv = layers.conv(4, 3, feature_group_count=groups)

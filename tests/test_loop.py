@@ -256,6 +256,9 @@ def test_compiled_programs_are_taken_from_the_cache(tmp_path):
         shutil.rmtree(cache)
         results.append(loop.train(config(compilation_cache=str(cache)), tmp_path / "c"))
         assert cache.exists()
+        # A finished run is the same run, whatever cache it is asked for with.
+        elsewhere = config(compilation_cache=str(tmp_path / "elsewhere"))
+        assert loop.train(elsewhere, tmp_path / "c") == results[-1]
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -102,7 +102,7 @@ def compiled_step(*args, **options):
 def take_turns(contenders: dict[str, Callable[[int], None]], rounds: int, steps: int):
     """Seconds a step of each, one value a round, after a warm-up each."""
     for run in contenders.values():
-        run(1)
+        run(steps)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -112,9 +112,9 @@ def take_turns(contenders: dict[str, Callable[[int], None]], rounds: int, steps:
     return seconds
 
 
-def against(seconds: dict[str, list[float]], base: str, name: str) -> str:
-    """How many times faster `name` is than `base`: the rounds' median, least and greatest."""
-    ratios = [a / b for a, b in zip(seconds[base], seconds[name], strict=True)]
+def ratio(above: list[float], below: list[float]) -> str:
+    """Of two contenders' seconds, round by round: median, least and greatest."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
@@ -203,10 +203,10 @@ def step_section(rounds, full):
                     "what": what,
                     "contender": name,
                     "images/s": f"{batch_size / statistics.median(times):,.0f}",
-                    "times stock Flax": against(seconds, "stock Flax", name),
+                    "times stock Flax": ratio(seconds["stock Flax"], times),
                 }
                 if TORCH:
-                    row["times PyTorch eager"] = against(seconds, "PyTorch, eager", name)
+                    row["times PyTorch eager"] = ratio(seconds["PyTorch, eager"], times)
                 rows.append(row)
     return rows
 
@@ -240,9 +240,6 @@ def depth_section(rounds, full):
     seconds = take_turns(runs, rounds, 1)
     for (name, remat), times in seconds.items():
         units = create_model(name).num_units
-        per_unit = {
-            kind: 1e3 * statistics.median(seconds[name, kind]) / units for kind in ("none", remat)
-        }
         rows.append(
             {
                 "network": name,
@@ -251,8 +248,12 @@ def depth_section(rounds, full):
                 "MB": f"{memory[name, remat]:,.0f}",
                 "MB / none": f"{memory[name, remat] / memory[name, 'none']:.2f}",
                 "step s": f"{statistics.median(times):.3f}",
-                "ms a unit": f"{per_unit[remat]:.2f}",
-                "time / none": f"{per_unit[remat] / per_unit['none']:.2f}",
+                "time / none": ratio(times, seconds[name, "none"]),
+                "ms a unit": f"{1e3 * statistics.median(times) / units:.2f}",
+                "a unit / ResNet-110's": ratio(
+                    [second / units for second in times],
+                    [second / 54 for second in seconds["resnet110", remat]],
+                ),
             }
         )
     return rows
@@ -271,15 +272,13 @@ def stochastic_section(rounds, full):
         }
         # Many steps a round: how many units are kept changes from step to step.
         seconds = take_turns(contenders, rounds, 8)
-        constant, stochastic = (np.array(times) for times in seconds.values())
-        ratios = stochastic / constant
+        constant, stochastic = seconds.values()
         rows.append(
             {
                 "remat": remat,
-                "constant s": f"{np.median(constant):.3f}",
-                "stochastic s": f"{np.median(stochastic):.3f}",
-                "stochastic / constant": f"{np.median(ratios):.2f}"
-                f" ({ratios.min():.2f} to {ratios.max():.2f})",
+                "constant s": f"{statistics.median(constant):.3f}",
+                "stochastic s": f"{statistics.median(stochastic):.3f}",
+                "stochastic / constant": ratio(stochastic, constant),
             }
         )
     return rows
@@ -293,23 +292,29 @@ def families_section(rounds, full):
         ("densenet_bc100_k12", 16, {}),
         ("densenet_bc100_k12", 16, {"memory_efficient": True}),
     )
-    runs, rows = {}, []
+    runs, memory = {}, {}
     for name, batch_size, options in cases:
-        compiled, run = compiled_step(create_model(name, **options), CIFAR, batch_size)
-        runs[name, batch_size, *options] = run
-        rows.append({"network": " ".join((name, *options)), "batch": batch_size})
-        rows[-1]["MB"] = f"{megabytes(compiled):,.0f}"
-    seconds = list(take_turns(runs, rounds, 1).values())
-    for (name, batch_size, _), times, row in zip(cases, seconds, rows, strict=True):
-        rate = batch_size / statistics.median(times)
-        work = summarise(create_model(name), CIFAR)[-1]["multiply_adds"]
-        row |= {
+        label = " ".join((name, *options))
+        compiled, runs[label] = compiled_step(create_model(name, **options), CIFAR, batch_size)
+        memory[label] = megabytes(compiled)
+    seconds = take_turns(runs, rounds, 1)
+    per_work = {}
+    for (label, times), (name, batch_size, _) in zip(seconds.items(), cases, strict=True):
+        work = batch_size * summarise(create_model(name), CIFAR)[-1]["multiply_adds"]
+        per_work[label] = [second / work for second in times]
+    return [
+        {
+            "network": label,
+            "batch": batch_size,
             "step s": f"{statistics.median(times):.3f}",
-            "images/s": f"{rate:,.1f}",
-            "multiply-adds": f"{work:,}",
-            "forward multiply-adds/s": f"{rate * work / 1e9:.1f}e9",
+            "images/s": f"{batch_size / statistics.median(times):,.1f}",
+            "per multiply-add, times ResNet-20": ratio(per_work["resnet20"], per_work[label]),
+            "time / plain": ratio(times, seconds[name]),
+            "MB": f"{memory[label]:,.0f}",
+            "MB / plain": f"{memory[label] / memory[name]:.2f}",
         }
-    return rows
+        for (label, times), (name, batch_size, _) in zip(seconds.items(), cases, strict=True)
+    ]
 
 
 def input_section(rounds, full):
@@ -380,7 +385,7 @@ def ceilings_section(rounds, full):
     ]
     for channels, size in ((16, 32), (32, 16), (64, 8)):
         runs = convolutions(channels, size)
-        seconds = take_turns(runs, rounds, 1)
+        seconds = take_turns(runs, rounds, 4)
         rows += [
             {"what": name, "measured": f"{1e3 * statistics.median(values):.1f} ms"}
             for name, values in seconds.items()
@@ -389,7 +394,7 @@ def ceilings_section(rounds, full):
 
 
 def convolutions(channels, size):
-    """`run(steps)` of ResNet-20's convolution at batch 128 and its gradients"""
+    """`run(steps)` of ResNet-20's convolution at batch 128 and of each of its gradients."""
     shape = (128, size, size, channels)
     numbers = lax.conv_dimension_numbers(shape, (3, 3, channels, channels), NHWC)
     convolve = partial(
@@ -398,34 +403,33 @@ def convolutions(channels, size):
         padding=[(1, 1)] * 2,
         dimension_numbers=numbers,
     )
-    kernel = jnp.ones((3, 3, channels, channels))
-    x = jnp.ones((1, *shape))
+    # Four in a loop, as in a network; what each makes is written out.
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, grad = (jax.random.normal(key, (4, *shape)) for key in keys[:2])
+    kernel = jax.random.normal(keys[2], (3, 3, channels, channels))
 
-    def each(function):
-        # In a scan, as in a network; what it makes is written out.
-        return jax.jit(
-            lambda x: lax.scan(lambda carry, x: (carry, function(x)), 0, x)[1],
-            compiler_options=compiler_options(),
-        )
+    def in_turn(function):
+        def all_four(x, grad, kernel):
+            def body(carry, pair):
+                return carry, function(*pair, kernel)
 
-    def pull(wrt):
-        return lambda x: jax.vjp(convolve, x, kernel)[1](x)[wrt]
+            return lax.scan(body, 0, (x, grad))[1]
 
-    functions = {
-        "forward": each(lambda x: convolve(x, kernel)),
-        "input gradient": each(pull(0)),
-        "kernel gradient": each(pull(1)),
-    }
-    label = f"3x3 convolution, 128x{size}x{size}x{channels}"
+        compiled = jax.jit(all_four, compiler_options=compiler_options())
 
-    def ours(function):
         def run(steps):
-            for _ in range(steps):
-                jax.block_until_ready(function(x))
+            for _ in range(steps // 4):
+                jax.block_until_ready(compiled(x, grad, kernel))
 
         return run
 
-    runs = {f"{label}, {name}": ours(function) for name, function in functions.items()}
+    functions = {
+        "forward": lambda x, grad, kernel: convolve(x, kernel),
+        "input gradient": lambda x, grad, kernel: jax.vjp(convolve, x, kernel)[1](grad)[0],
+        "kernel gradient": lambda x, grad, kernel: jax.vjp(convolve, x, kernel)[1](grad)[1],
+    }
+    label = f"3x3 convolution, 128x{size}x{size}x{channels}"
+    runs = {f"{label}, {name}": in_turn(function) for name, function in functions.items()}
     if TORCH:
         theirs = torch_convolutions(128, channels, size)
         runs |= {f"{label}, {name}, PyTorch": run for name, run in theirs.items()}
@@ -479,7 +483,7 @@ def accelerator_section(rounds, full, dtype, batch_size):
                 "images/s": f"{batch / statistics.median(times):,.0f}",
                 "step ms": f"{1e3 * statistics.median(times):.1f}",
                 "MB": memory.get(contender, ""),
-                "times PyTorch": against(seconds, "PyTorch, torch.compile", contender)
+                "times PyTorch": ratio(seconds["PyTorch, torch.compile"], times)
                 if net is not None
                 else "not measured",
             }

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.sync_batch_norm = True  # statistics of the global batch, or of each device's share
 
     # A folder of compiled programs for later runs to take; safe to delete. None is no such thing.
+    # Not with several CPU devices: collectives in programs from a cache may wait for ever there.
     config.compilation_cache = placeholder(str)
 
     config.log_every_steps = 100

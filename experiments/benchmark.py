@@ -49,6 +49,7 @@ DEPTHS = (
     "preact_resnet1001",
     "resnet1202",
 )
+TORCHVISION = ("resnet50", "resnext50_32x4d", "densenet121")  # have the same names there
 CIFAR = (32, 32, 3)
 
 
@@ -468,7 +469,7 @@ def accelerator_section(rounds, full, dtype, batch_size):
         if name == "resnet110" and TORCH:
             net = torch_resnet(18)
         elif name in TORCHVISION and importlib.util.find_spec("torchvision"):
-            net = torchvision_net(TORCHVISION[name])
+            net = torchvision_net(name)
         else:
             net = None
         if net is not None:
@@ -490,13 +491,6 @@ def accelerator_section(rounds, full, dtype, batch_size):
             for contender, times in seconds.items()
         ]
     return rows
-
-
-TORCHVISION = {
-    "resnet50": "resnet50",
-    "resnext50_32x4d": "resnext50_32x4d",
-    "densenet121": "densenet121",
-}
 
 
 def ten_steps(model, batch_size):

@@ -25,9 +25,6 @@ from types import SimpleNamespace
 # Not in need of the package's other requirements: it runs where there is JAX, Flax and Optax alone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Or JAX takes three quarters of an accelerator's memory, and leaves PyTorch the rest.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -590,6 +587,8 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Reads the command line and measures."""
+    # Or JAX takes three quarters of an accelerator's memory, and leaves PyTorch the rest.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

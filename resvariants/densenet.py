@@ -58,33 +58,23 @@ class DenseLayer(nn.Module):
             f"norm{number}": self.norm,
             f"conv{number}": partial(self.conv, channels, kernel_size),
         }
-
-        def apply(norm, conv, *features):
-            return conv(nn.relu(norm(jnp.concatenate(features, axis=-1))))
-
         if not self.memory_efficient or self.is_initializing():
             norm, conv = (factory(name=name) for name, factory in factories.items())
-            return self.dropout()(apply(norm, conv, *features))
+            return self.dropout()(conv(nn.relu(norm(jnp.concatenate(features, axis=-1)))))
 
         norm, conv = (factory(parent=None) for factory in factories.values())
         norm_variables, conv_variables = (
             {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
             for name in factories
         )
-
         mutable = ["batch_stats"] if self.is_mutable_collection("batch_stats") else []
 
-        def apply_variables(norm_variables, conv_variables, *features):
-            updates = {}
+        def apply(norm_variables, conv_variables, *features):
+            x = jnp.concatenate(features, axis=-1)
+            x, updates = norm.apply(norm_variables, x, mutable=mutable)
+            return conv.apply(conv_variables, nn.relu(x)), updates
 
-            def normalise(x):
-                y, updated = norm.apply(norm_variables, x, mutable=mutable)
-                updates.update(updated)
-                return y
-
-            return apply(normalise, partial(conv.apply, conv_variables), *features), updates
-
-        x, updates = recomputed(apply_variables, norm_variables, conv_variables, *features)
+        x, updates = recomputed(apply, norm_variables, conv_variables, *features)
         for kind, tree in updates.items():
             self.put_variable(kind, f"norm{number}", tree)
         return self.dropout()(x)

@@ -28,12 +28,7 @@ from resvariants import sources, zoo
 from resvariants.checkpoint import Checkpoints
 from resvariants.data import TrainingBatches, evaluation_batches, normalisation, split_validation
 from resvariants.errors import InputError, choose
-from resvariants.parallel import (
-    Parallel,
-    check_batch_size,
-    compiler_options,
-    make_parallel,
-)
+from resvariants.parallel import Parallel, check_batch_size, compiler_options, make_parallel
 from resvariants.report import Reporter, print_table, result_table
 from resvariants.resnet import ResNet
 from resvariants.summary import abstract_variables, count_parameters

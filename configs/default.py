@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     model = config.model = ConfigDict()
     model.name = "resnet20"  # python -m resvariants lists them
     model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters stay float32
-    model.remat = "none"  # what the backward pass recomputes: none, block or sqrt
+    # What the backward pass recomputes: none, block or sqrt; auto: block in long stages on CPUs.
+    model.remat = "auto"
     # Units per iteration of the compiled loop; 0 is no loop, None no loop in stages of three units.
     model.unroll = placeholder(int)
     # Of DenseNet, VGG, AlexNet and GoogLeNet's main classifier; None is the network's own.

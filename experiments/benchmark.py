@@ -434,8 +434,9 @@ def convolutions(channels, size):
     return runs
 
 
-def accelerator_section(rounds, full, dtype, batch_size):
-    """Full-size networks against PyTorch, with torch.compile, channels last and autocast."""
+def accelerator_section(rounds, full, dtype="float32", batch_size=None):
+    """Full-size networks, against PyTorch with torch.compile, channels last and autocast."""
+    options = {} if dtype == "float32" else {"dtype": jnp.dtype(dtype)}
     cases = [(name, (224, 224, 3), batch_size or 256, 1000) for name in TORCHVISION]
     cases += [
         (name, CIFAR, batch_size or 128, 10)
@@ -443,55 +444,69 @@ def accelerator_section(rounds, full, dtype, batch_size):
     ]
     rows = []
     for name, shape, batch, classes in cases:
-        options = {} if dtype == "float32" else {"dtype": jnp.dtype(dtype)}
-        label = f"{name}, {shape[0]}x{shape[1]}, batch {batch}, {dtype}"
-        contenders, memory = {}, {}
-        variants = {"resvariants": options, "resvariants, unrolled by 3": {**options, "unroll": 3}}
+        variants = {"resvariants": {}}
         if "densenet" in name:
-            variants = {
-                "resvariants": options,
-                "memory-efficient": {**options, "memory_efficient": True},
-            }
-        for variant, chosen in variants.items():
-            model = create_model(name, **chosen)
-            start = time.perf_counter()
-            compiled, contenders[variant] = compiled_step(model, shape, batch, classes)
-            memory[variant] = f"{megabytes(compiled):,.0f}"
-            print(f"{label}: {variant} compiled in {time.perf_counter() - start:.0f} s", flush=True)
-        if name.startswith("resnet") and shape == CIFAR:
-            chosen = {**options, "survival_probability": 0.5}
-            model = create_model(name, **chosen)
-            contenders["stochastic depth"] = compiled_step(model, shape, batch)[1]
-            contenders["ten steps a dispatch"] = ten_steps(create_model(name, **options), batch)
-        if name == "resnet110" and TORCH:
-            net = torch_resnet(18)
-        elif name in TORCHVISION and importlib.util.find_spec("torchvision"):
-            net = torchvision_net(name)
+            variants["memory-efficient"] = {"memory_efficient": True}
         else:
-            net = None
-        if net is not None:
-            contenders["PyTorch, torch.compile"], _ = torch_runs(
-                net, shape, batch, classes, compiled=True, half=dtype == "bfloat16"
+            variants |= {"unrolled by 3": {"unroll": 3}, "block remat": {"remat": "block"}}
+        if name.startswith("resnet") and shape == CIFAR:
+            variants["stochastic depth"] = {"survival_probability": 0.5}
+        compile_step = partial(compiled_step, image_shape=shape, batch_size=batch, classes=classes)
+        makers: dict[str, Callable] = {
+            label: partial(compile_step, create_model(name, **options, **chosen))
+            for label, chosen in variants.items()
+        }
+        if shape == CIFAR:
+            makers["ten steps a dispatch"] = partial(
+                ten_steps, create_model(name, **options), batch
             )
-        seconds = take_turns(contenders, rounds, 10)
-        rows += [
-            {
-                "network": label,
-                "contender": contender,
-                "images/s": f"{batch / statistics.median(times):,.0f}",
-                "step ms": f"{1e3 * statistics.median(times):.1f}",
-                "MB": memory.get(contender, ""),
-                "times PyTorch": ratio(seconds["PyTorch, torch.compile"], times)
-                if net is not None
-                else "not measured",
+        peers = {"resnet110": partial(torch_resnet, 18), "resnet1202": partial(torch_resnet, 200)}
+        net = peers.get(name)
+        if name in TORCHVISION and importlib.util.find_spec("torchvision"):
+            net = partial(torchvision_net, name)
+        for compiled in (False, True) if TORCH and net else ():
+            # Compiling 1202 layers takes PyTorch longer than a machine is to be had for.
+            if not compiled or name != "resnet1202":
+                makers["PyTorch, torch.compile" if compiled else "PyTorch, eager"] = partial(
+                    torch_trained, net, shape, batch, classes, compiled, dtype == "bfloat16"
+                )
+        runs, ready = {}, {}
+        for label, make in makers.items():
+            start = time.perf_counter()
+            try:
+                compiled, run = make()
+                run(1)
+            except RuntimeError as error:  # of both libraries, where memory does not suffice
+                ready[label] = f"failed: {str(error).splitlines()[0][:60]}"
+            else:
+                runs[label] = run
+                memory = f"; {megabytes(compiled):,} MB" if compiled else ""
+                ready[label] = f"{time.perf_counter() - start:.0f} s{memory}"
+            print(f"{name}, {label}: {ready[label]}", flush=True)
+        seconds = take_turns(runs, rounds, 10)
+        for label, what in ready.items():
+            times = seconds.get(label)
+            row = {
+                "network": f"{name}, {shape[0]}x{shape[1]}, batch {batch}, {dtype}",
+                "contender": label,
+                "first step; temporary memory": what,
+                "images/s": f"{batch / statistics.median(times):,.0f}" if times else "",
+                "step ms": f"{1e3 * statistics.median(times):.1f}" if times else "",
             }
-            for contender, times in seconds.items()
-        ]
+            for peer in ("PyTorch, torch.compile", "PyTorch, eager"):
+                met = times and peer in runs
+                row[f"times {peer}"] = ratio(seconds[peer], times) if met else "not measured"
+            rows.append(row)
     return rows
 
 
+def torch_trained(net, shape, batch_size, classes, compiled, half):
+    """Nothing to ask the memory of, and PyTorch's `run(steps)` of training."""
+    return None, torch_runs(net(), shape, batch_size, classes, compiled=compiled, half=half)[0]
+
+
 def ten_steps(model, batch_size):
-    """`run(steps)` of the train step, ten in one program."""
+    """The train step ten times in one program, compiled, and `run(steps)` of it."""
     step, state, batch = jitted_step(model, CIFAR, batch_size)
     ten = jax.jit(
         lambda state: lax.fori_loop(
@@ -500,17 +515,19 @@ def ten_steps(model, batch_size):
         donate_argnums=0,
         compiler_options=compiler_options(),
     )
+    compiled = ten.lower(state).compile()
 
     def run(steps):
         nonlocal state
         for _ in range(max(steps // 10, 1)):
-            state = ten(state)
+            state = compiled(state)
         jax.block_until_ready(state)
 
-    return run
+    return compiled, run
 
 
-SECTIONS = {
+# The function, rounds in the short and in the full mode, minutes of the short one on two cores.
+SECTIONS: dict[str, tuple[Callable, int, int, int]] = {
     "start": (start_section, 2, 5, 1),
     "compile": (compile_section, 2, 5, 3),
     "step": (step_section, 7, 15, 3),
@@ -519,6 +536,7 @@ SECTIONS = {
     "families": (families_section, 3, 7, 2),
     "input": (input_section, 7, 15, 1),
     "ceilings": (ceilings_section, 9, 15, 1),
+    "accelerator": (accelerator_section, 5, 5, 0),
 }
 
 
@@ -594,7 +612,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument(
-        "--sections", nargs="+", choices=[*SECTIONS, "accelerator"], default=list(SECTIONS)
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=[*SECTIONS][:-1],
+        metavar="SECTION",
+        help=f"of {', '.join(SECTIONS)}; all but the last",
     )
     parser.add_argument("--full", action="store_true", help="more rounds, networks and peers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -607,22 +630,17 @@ def main() -> None:
     if args.out is None:
         parser.error("--out is missing: a folder for the results, such as runs/benchmark")
     args.out.mkdir(parents=True, exist_ok=True)
-    known = {name: SECTIONS[name] for name in args.sections if name in SECTIONS}
-    minutes = sum(guess * (3 if args.full else 1) for *_, guess in known.values())
+    minutes = sum(SECTIONS[name][3] for name in args.sections) * (3 if args.full else 1)
     print(f"{versions()}\n{', '.join(args.sections)}: about {minutes} minutes on two cores\n")
     results, text = {}, f"{versions()}\n\nCommand: {' '.join(sys.argv)}\n"
     for name in args.sections:
         start = time.perf_counter()
-        if name == "accelerator":
-            section, rounds = (
-                partial(accelerator_section, dtype=args.dtype, batch_size=args.batch_size),
-                5,
-            )
-            section.__doc__ = accelerator_section.__doc__
-        else:
-            section, short, long, _ = SECTIONS[name]
-            rounds = long if args.full else short
-        results[name] = section(rounds, args.full)
+        section, short, long, _ = SECTIONS[name]
+        rounds = long if args.full else short
+        options = {}
+        if section is accelerator_section:
+            options = {"dtype": args.dtype, "batch_size": args.batch_size}
+        results[name] = section(rounds, args.full, **options)
         title = f"\n## {name}\n\n{section.__doc__} {rounds} rounds.\n\n"
         part = f"{title}{table(results[name])}\n"
         print(part, f"({time.perf_counter() - start:.0f} s)", sep="\n", flush=True)

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.gates import apply_gate
-from resvariants.layers import ModuleFactory, activate, conv, identity_shortcut, no_norm
+from resvariants.layers import (
+    SHORTCUTS,
+    ModuleFactory,
+    activate,
+    conv,
+    identity_shortcut,
+    no_norm,
+    projection_shortcut,
+)
 
 
 def single_branch(x, features, strides, conv, activate):
@@ -156,6 +164,20 @@ class Unit(nn.Module):
     conv: ModuleFactory = conv
     train: bool = False
     remat: bool = False
+
+    @property
+    def skips_to_input(self) -> bool:
+        """Whether it gives back its input when skipped, if that came from a unit of its kind.
+
+        (A ReLU after the addition changes nothing then.)
+        """
+        return (
+            self.strides == 1
+            and self.shortcut in (identity_shortcut, SHORTCUTS["A_average"], projection_shortcut)
+            and self.merge in (residual_merge, plain_merge)
+            and self.weights is None
+            and "norm" not in self.placement.merged
+        )
 
     @nn.compact
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:

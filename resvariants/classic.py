@@ -100,7 +100,7 @@ class VGG(nn.Module):
     hidden: Sequence[int] = (4096, 4096)
     batch_normed: bool = False
     dropout_rate: float = 0.5
-    remat: str = "none"
+    remat: str = "auto"
     unroll: int | bool | None = None
     dtype: Any = None
     axis_name: str | None = None
@@ -194,7 +194,7 @@ class HighwayNet(nn.Module):
     pool_windows: Sequence[int] = ()
     dropout_rates: Sequence[float] = ()
     top_features: int = 0
-    remat: str = "none"
+    remat: str = "auto"
     unroll: int | bool | None = None
     dtype: Any = None
     axis_name: str | None = None

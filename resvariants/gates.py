@@ -42,45 +42,64 @@ def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = Fa
     return on(unit, jnp.asarray(gate, x.dtype), x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run_if(on, off, gate, variables, x, extra):
-    """`on(variables, x, extra)` if the boolean `gate`, else `off(variables, x)`, for CPUs.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_kept(unit, gates, x, stats, params, rngs):
+    """Those units of a stack whose boolean gate is true, one after another, in a loop for CPUs.
 
-    `on` gives an array like x and a tree; `off`, which is cheap, the same. What the conditional of
-    `apply_gate` does, written as a loop of one turn or none: XLA's CPU backend spreads the work in
-    loops over the cores, but not the work in conditionals. The backward pass keeps nothing but the
-    arguments, because what is kept in a branch would have to be written where it is skipped, too.
+    For units that give their input back when skipped. They are not even looped over; and what runs
+    runs on all cores, as XLA's CPU backend has it in loops, but not in conditionals. The backward
+    pass keeps the kept units' inputs, and computes the rest again.
+
+    Args:
+      unit: `(x, stats, params, rngs) -> (y, stats)`, of one unit, with y like x.
+      stats, params, rngs: trees stacked along the first axis, as long as `gates`.
+
+    Returns:
+      The last unit's output, and the stack of statistics, unchanged where skipped.
     """
-    result = off(variables, x)
-
-    def turn(i, _):
-        return on(variables, _in_turn(x, i), extra)
-
-    return lax.fori_loop(0, gate.astype(jnp.int32), turn, result)
+    return _run_kept_forward(unit, gates, x, stats, params, rngs)[0]
 
 
-def _in_turn(x, i):
-    # Just x in turn 0. But did the compiler know, it would take the work on x out of the loop.
-    return x * (1 + i).astype(x.dtype)
+def _run_kept_forward(unit, gates, x, stats, params, rngs):
+    order = jnp.argsort(~gates)  # the kept ones first, both parts in their order
+
+    def turn(t, carry):
+        x, inputs, after = carry
+        i = order[t]
+        y, updated = unit(x, *(_take(stack, i) for stack in (stats, params, rngs)))
+        return y, _put(inputs, t, x), _put(after, i, updated)
+
+    inputs = jnp.broadcast_to(jnp.zeros_like(x), (len(gates), *x.shape))
+    y, inputs, after = lax.fori_loop(0, gates.sum(), turn, (x, inputs, stats))
+    return (y, after), (order, gates.sum(), inputs, stats, params, rngs)
 
 
-def _run_if_forward(on, off, gate, variables, x, extra):
-    return run_if(on, off, gate, variables, x, extra), (gate, variables, x, extra)
+def _run_kept_backward(unit, saved, gradients):
+    order, kept, inputs, stats, params, rngs = saved
+
+    def turn(t, carry):
+        grad, grad_stats, grad_params = carry
+        at = kept - 1 - t
+        i = order[at]
+        run = partial(unit, rngs=_take(rngs, i))
+        backward = jax.vjp(run, _take(inputs, at), _take(stats, i), _take(params, i))[1]
+        grad, *grads = backward((grad, _take(grad_stats, i)))
+        return grad, _put(grad_stats, i, grads[0]), _put(grad_params, i, grads[1])
+
+    none = jax.tree.map(jnp.zeros_like, params)
+    return None, *lax.fori_loop(0, kept, turn, (*gradients, none)), None
 
 
-def _run_if_backward(on, off, saved, gradients):
-    gate, variables, x, extra = saved
-    skipped = jax.vjp(off, variables, x)[1](gradients)
-
-    def turn(i, _):
-        x_now = _in_turn(x, i)
-        return jax.vjp(lambda variables, x: on(variables, x, extra), variables, x_now)[1](gradients)
-
-    grads = lax.fori_loop(0, gate.astype(jnp.int32), turn, skipped)
-    return None, *grads, None
+run_kept.defvjp(_run_kept_forward, _run_kept_backward)
 
 
-run_if.defvjp(_run_if_forward, _run_if_backward)
+def _take(stack, i):
+    # (Indexing by brackets would be a gather, and setting a scatter: slower for XLA.)
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+
+
+def _put(stack, i, tree):
+    return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=i, axis=0), stack, tree)
 
 
 def check_gates(gates, num_units: int) -> jax.Array:

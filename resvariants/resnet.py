@@ -23,7 +23,7 @@ from resvariants.gates import (
     draw_exactly,
     draw_for_examples,
     gates_by_stage,
-    run_if,
+    run_kept,
     survival_probabilities,
 )
 from resvariants.layers import (
@@ -35,7 +35,10 @@ from resvariants.layers import (
     pool_and_classify,
 )
 
-REMAT = ("none", "block", "sqrt")
+REMAT = ("auto", "none", "block", "sqrt")
+
+# From how many units in a stage on computing twice takes a CPU less time than fresh memory does.
+LONG_STAGE = 32
 
 
 def apply_stacked(
@@ -59,7 +62,8 @@ def apply_stacked(
       unit: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
       gates: shape (length,), or None.
       unroll: units per iteration of the compiled loop; True for no loop at all; None for no loop
-        where it would have only two units, for which it costs more than it saves.
+        where it would have only two units, for which it costs more than it saves. (Boolean gates
+        have a loop always on CPUs.)
       group: keep only every `group`-th unit's input for the backward pass.
     """
     if parent.is_initializing():
@@ -75,24 +79,30 @@ def apply_stacked(
     if parent.has_rng("dropout"):
         rngs["dropout"] = jax.random.split(parent.make_rng("dropout"), length)
 
-    def on(variables, x, rngs):
-        return unit.apply(variables, x, True, mutable=mutable, rngs=rngs)
-
-    def off(variables, x):
-        return unit.apply(variables, x, False, mutable=mutable)
-
-    skips = gates is not None and gates.dtype == jnp.bool_ and "responses" not in mutable
-
     def body(x, unit_slice):
         variables, gate, rngs = unit_slice
-        if skips and jax.default_backend() == "cpu":
-            return run_if(on, off, gate, variables, x, rngs)
         return unit.apply(variables, x, gate, mutable=mutable, rngs=rngs)
 
+    def kept(x, stats, params, rngs):
+        y, updates = unit.apply(params | stats, x, mutable=mutable, rngs=rngs)
+        return y, {c: updates[c] for c in stats}
+
+    skips = (
+        gates is not None
+        and gates.dtype == jnp.bool_
+        and getattr(unit, "skips_to_input", False)
+        and "responses" not in mutable
+        and jax.default_backend() == "cpu"
+    )
     if unroll is None:
         unroll = length <= 2
 
     def run(x, stack):
+        variables, gates, rngs = stack
+        if skips and len(gates):
+            stats = {c: variables[c] for c in mutable if c in variables}
+            params = {c: tree for c, tree in variables.items() if c not in stats}
+            return run_kept(kept, gates, x, stats, params, rngs)
         return lax.scan(body, x, stack, unroll=unroll)
 
     stack = (variables, gates, rngs)
@@ -127,7 +137,7 @@ class Stage(nn.Module):
     features: int
     strides: int
     activated: bool = False
-    remat: str = "none"
+    remat: str = "auto"
     unroll: int | bool | None = None
 
     @nn.compact
@@ -137,11 +147,14 @@ class Stage(nn.Module):
         Raises:
           InputError: no units, or an unknown `remat`.
         """
-        check_choice("remat", self.remat, REMAT)
+        remat = check_choice("remat", self.remat, REMAT)
+        if remat == "auto":
+            long = self.num_units >= LONG_STAGE and jax.default_backend() == "cpu"
+            remat = "block" if long else "none"
         if self.num_units < 1:
             raise InputError(f"a stage of {self.num_units} units: it needs at least one")
         unit = partial(self.unit, self.features)
-        first = partial(unit, strides=self.strides, remat=self.remat != "none", name="first")
+        first = partial(unit, strides=self.strides, remat=remat != "none", name="first")
         if self.activated:
             first = partial(first, activated=True)
         x = first()(x, None if gates is None else gates[0])
@@ -151,14 +164,14 @@ class Stage(nn.Module):
         return apply_stacked(
             self,
             "rest",
-            unit(remat=self.remat == "block", parent=None),
+            unit(remat=remat == "block", parent=None),
             x,
             None if gates is None else gates[1:],
             length,
             unroll=self.unroll,
             # Kept: length / group inputs, and about four arrays of that size for each unit of the
             # one group whose backward pass is running.
-            group=max(1, isqrt(length // 4)) if self.remat == "sqrt" else None,
+            group=max(1, isqrt(length // 4)) if remat == "sqrt" else None,
         )
 
 
@@ -207,6 +220,7 @@ class ResNet(nn.Module):
       remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
         rest; "sqrt": keep only the inputs of groups of units (Chen et al. 2016), all in all about
         4 sqrt(n) arrays for a stage of n units, and recompute each unit once, as "block" does.
+        "auto" is "block" on CPUs in stages of `LONG_STAGE` units or more, where it saves time, too.
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
         None is one, but for stages of three units, where the loop costs more than it saves.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
@@ -223,7 +237,7 @@ class ResNet(nn.Module):
     survival_probability: float = 1.0
     survival_schedule: str = "linear"
     survival_draw: str = "batch"
-    remat: str = "none"
+    remat: str = "auto"
     unroll: int | bool | None = None
     dtype: Any = None
     axis_name: str | None = None

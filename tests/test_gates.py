@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_resnet import TINY, images, random_variables
+from test_resnet import TINY, check_tree, gradients, images, random_variables
 
-from resvariants import BasicUnit, InputError, StochasticDepth, batch_norm, create_model
+import resvariants as rv
+from resvariants import BasicUnit, InputError, ResNet, StochasticDepth, batch_norm, create_model
+from resvariants.blocks import PLACEMENTS, constant_scaling, plain_merge
 from resvariants.gates import (
     draw_exactly,
     draw_for_examples,
@@ -17,6 +19,7 @@ from resvariants.gates import (
     survival_probabilities,
     uniform,
 )
+from resvariants.layers import SHORTCUTS
 
 
 def test_linear_decay_is_equation_4():
@@ -155,6 +158,41 @@ def test_skipped_units_get_no_gradient(net):
 
     grads = jax.jit(jax.grad(loss))(variables["params"])["stage2"]["rest"]["conv1"]["kernel"]
     assert not np.any(grads[0]) and np.any(grads[1])
+
+
+KINDS = {
+    "original": {},
+    "pre-activation": {"placement": PLACEMENTS["full_preactivation"]},
+    "plain": {"merge": plain_merge},
+    # When skipped these are not the identity.
+    "norm after addition": {"placement": PLACEMENTS["norm_after_addition"]},
+    "projections everywhere": {"shortcut": SHORTCUTS["C"]},
+    "scaled shortcut": {"weights": constant_scaling},
+}
+
+
+@pytest.mark.parametrize("remat", ["none", "sqrt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_units_are_those_whose_residual_is_nothing(kind, remat):
+    """Boolean gates against zeros and ones; but a skipped branch's statistics stay put."""
+    unit = partial(rv.Unit, **KINDS[kind])
+    model = ResNet((9, 2), (4, 8), 10, unit=unit, stem_features=4, remat=remat)
+    variables, x = random_variables(model, (8, 8, 3)), images(4, 8, 8, 3)
+    gates = jnp.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0], bool)
+    (by_skipping, stats), (by_zeros, all_stats) = (
+        gradients(model, variables, x, g) for g in (gates, gates.astype(jnp.float32))
+    )
+    check_tree(by_skipping, by_zeros, atol=2e-4)
+    trees = [tree["batch_stats"] for tree in (stats, all_stats, variables)]
+    for stage, kept in (("stage1", gates[:9]), ("stage2", gates[9:])):
+        for part, flags in (("first", kept[0]), ("rest", kept[1:])):
+            for norm in trees[0][stage][part]:
+                moved = flags | (norm in ("merged_norm", "shortcut_norm"))  # not of the branch
+                for moment in ("mean", "var"):
+                    after, unless, before = (tree[stage][part][norm][moment] for tree in trees)
+                    np.testing.assert_array_equal((after != before).any(-1), moved)
+                    expected = jnp.where(moved[..., None], unless, before)
+                    np.testing.assert_allclose(after, expected, atol=1e-5)
 
 
 def test_gates_may_be_given_at_initialisation_as_lists_and_as_python_numbers():

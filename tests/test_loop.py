@@ -368,7 +368,7 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"model.name": "resnet9"}, r"6n\+2"),
         ({"model.name": "rsnet8"}, "nearest: .*resnet"),
         ({"model.dtype": "float16"}, "allowed: bfloat16, float32"),
-        ({"model.remat": "all"}, "allowed: block, none, sqrt"),
+        ({"model.remat": "all"}, "allowed: auto, block, none, sqrt"),
         ({"model.survival_probability": 0.0}, r"outside \(0, 1\]"),
         ({"dataset.name": "digit"}, "digits"),
         ({"dataset.normalisation": "pixel"}, "allowed: channel, none, per_pixel_mean"),

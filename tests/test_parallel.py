@@ -30,10 +30,12 @@ def batches(steps, dtype):
     ]
 
 
-def trained(mode, sync, survival, steps, dtype):
+def trained(mode, sync, survival, steps, dtype, name="resnet14", **options):
     """The state after `steps` steps as numpy arrays, and the last metrics."""
     parallel = make_parallel("jit" if mode == "one device" else mode, sync)
-    model = create_model("resnet14", survival_probability=survival, axis_name=parallel.bn_axis_name)
+    if survival < 1:
+        options["survival_probability"] = survival
+    model = create_model(name, axis_name=parallel.bn_axis_name, **options)
     state = create_state(model, OPTIMIZER, 0, SHAPE)
     state = jax.tree.map(
         lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, state
@@ -80,6 +82,16 @@ def test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_gl
     together, _ = trained("jit", True, 1.0, 1, np.float32)
     assert furthest(by_jit, by_pmap) < 1e-6
     assert furthest(by_jit, together) > 1e-3
+
+
+def test_a_memory_efficient_densenet_agrees_between_modes():
+    """What it computes again in the backward pass stands in a conditional, with statistics."""
+    net = {"name": "densenet_bc10_k4", "memory_efficient": True}
+    alone, *others = (
+        trained(mode, True, 1.0, 1, np.float32, **net)[0] for mode in ("one device", "jit", "pmap")
+    )
+    for other in others:
+        assert furthest(other, alone) < 1e-6
 
 
 def test_devices_stay_replicas_of_each_other():

@@ -29,7 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from peers import StockResNet, torch_convolutions, torch_resnet, torch_runs, torchvision_net
+from peers import (
+    StockResNet,
+    free_torch_memory,
+    torch_convolutions,
+    torch_resnet,
+    torch_runs,
+    torchvision_net,
+)
 
 from resvariants import create_model
 from resvariants.layers import NHWC, conv_general_dilated
@@ -442,7 +449,6 @@ def accelerator_section(rounds, full, dtype="float32", batch_size=None):
         (name, CIFAR, batch_size or 128, 10)
         for name in ("resnet110", "resnet1202", "preact_resnet1001")
     ]
-    rows = []
     for name, shape, batch, classes in cases:
         variants = {"resvariants": {}}
         if "densenet" in name:
@@ -477,27 +483,33 @@ def accelerator_section(rounds, full, dtype="float32", batch_size=None):
                 compiled, run = make()
                 run(1)
             except RuntimeError as error:  # of both libraries, where memory does not suffice
-                ready[label] = f"failed: {str(error).splitlines()[0][:60]}"
+                ready[label] = f"failed: {str(error)[:60]!r}".replace("|", " ")
             else:
                 runs[label] = run
                 memory = f"; {megabytes(compiled):,} MB" if compiled else ""
                 ready[label] = f"{time.perf_counter() - start:.0f} s{memory}"
             print(f"{name}, {label}: {ready[label]}", flush=True)
-        seconds = take_turns(runs, rounds, 10)
+        try:
+            seconds = take_turns(runs, rounds, 10)
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+            seconds = {}
         for label, what in ready.items():
             times = seconds.get(label)
             row = {
                 "network": f"{name}, {shape[0]}x{shape[1]}, batch {batch}, {dtype}",
                 "contender": label,
-                "first step; temporary memory": what,
+                "first call; temporary memory": what,
                 "images/s": f"{batch / statistics.median(times):,.0f}" if times else "",
                 "step ms": f"{1e3 * statistics.median(times):.1f}" if times else "",
             }
             for peer in ("PyTorch, torch.compile", "PyTorch, eager"):
-                met = times and peer in runs
+                met = times and peer in seconds
                 row[f"times {peer}"] = ratio(seconds[peer], times) if met else "not measured"
-            rows.append(row)
-    return rows
+            yield row
+        if TORCH:  # neither library takes what the other has put by for later
+            free_torch_memory()
+        jax.clear_caches()
 
 
 def torch_trained(net, shape, batch_size, classes, compiled, half):
@@ -536,7 +548,7 @@ SECTIONS: dict[str, tuple[Callable, int, int, int]] = {
     "families": (families_section, 3, 7, 2),
     "input": (input_section, 7, 15, 1),
     "ceilings": (ceilings_section, 9, 15, 1),
-    "accelerator": (accelerator_section, 5, 5, 0),
+    "accelerator": (accelerator_section, 5, 5, 600),  # that is, not for two cores
 }
 
 
@@ -632,7 +644,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     minutes = sum(SECTIONS[name][3] for name in args.sections) * (3 if args.full else 1)
     print(f"{versions()}\n{', '.join(args.sections)}: about {minutes} minutes on two cores\n")
-    results, text = {}, f"{versions()}\n\nCommand: {' '.join(sys.argv)}\n"
+    results: dict[str, list[dict]] = {}
+    text = f"{versions()}\n\nCommand: {' '.join(sys.argv)}\n"
     for name in args.sections:
         start = time.perf_counter()
         section, short, long, _ = SECTIONS[name]
@@ -640,15 +653,17 @@ def main() -> None:
         options = {}
         if section is accelerator_section:
             options = {"dtype": args.dtype, "batch_size": args.batch_size}
-        results[name] = section(rounds, args.full, **options)
+        rows = results[name] = []
         title = f"\n## {name}\n\n{section.__doc__} {rounds} rounds.\n\n"
-        part = f"{title}{table(results[name])}\n"
+        for row in section(rounds, args.full, **options):
+            rows.append(row)
+            part = f"{title}{table(rows)}\n"
+            # After every row, so that an interrupted run leaves what it measured.
+            (args.out / "benchmark.md").write_text(text + part)
+            record = {"versions": versions(), "arguments": sys.argv[1:], "results": results}
+            (args.out / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
         print(part, f"({time.perf_counter() - start:.0f} s)", sep="\n", flush=True)
         text += part
-        # After every section, so that an interrupted run leaves what it measured.
-        (args.out / "benchmark.md").write_text(text)
-        record = {"versions": versions(), "arguments": sys.argv[1:], "results": results}
-        (args.out / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") and {"compile", "depth"} & results.keys():
         draw(results, args.out / "benchmark.png")
 

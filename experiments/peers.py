@@ -110,6 +110,14 @@ def torch_runs(net, image_shape, batch_size, classes, *, compiled, half):
     return train, evaluate
 
 
+def free_torch_memory():
+    """Gives an accelerator's memory back that PyTorch keeps for later."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def torch_convolutions(batch_size, channels, size):
     """`run(steps)` of a 3x3 convolution on CPU and of each of its gradients, by name."""
     import torch

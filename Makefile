@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow lint clean .venv
+.PHONY: run test test-slow lint docs clean .venv
 
 # The main job: train ResNet-20 on the embedded data set; a table, and a report with plots in runs/digits.
 # Huge pages spare a CPU a tenth of its time and more (experiments/results/benchmark.md).
@@ -20,6 +20,11 @@ lint: .venv
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+# The documentation, in docs/_build; a warning is an error.
+docs: .venv
+	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[docs]'
+	.venv/bin/python -m sphinx -W --keep-going -q docs docs/_build
+
 .venv: .venv/.ready
 
 # Built anew when the dependencies change, or when the last installation did not come to its end.
@@ -30,4 +35,4 @@ lint: .venv
 	touch .venv/.ready
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     model.dropout_rate = placeholder(float)
     model.survival_probability = 1.0  # of the last unit, in (0, 1]; below 1: stochastic depth
     model.survival_schedule = "linear"  # linear decay to it, or uniform
+    model.frozen_norm = False  # leave BatchNorm's statistics, scales and biases as they are
     model.survival_draw = "batch"  # batch: for all its images; exact number; example: drop path
 
     dataset = config.dataset = ConfigDict()
@@ -30,7 +31,8 @@ def get_config() -> ConfigDict:
     dataset.name = "digits"
     dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
     dataset.validation_size = 0  # training images held out, chosen independently of the seed
-    dataset.normalisation = "per_pixel_mean"  # per_pixel_mean, channel or none
+    # per_pixel_mean or channel (of the training images), imagenet (its mean colour), or none
+    dataset.normalisation = "per_pixel_mean"
     dataset.crop_padding = 0  # pad each side by so many zeros and crop at random; 0 is off
     dataset.flip = False  # mirror every other image, at random
 

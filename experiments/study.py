@@ -261,7 +261,8 @@ def load_run(
     name = f"{workdir}: {model_name} on {data_set}"
     if run.config.model.survival_probability < 1:
         name += ", stochastic depth"
-    key = [model_name, data_set, run.result["train_seconds"], images]
+    training = run.result.get("origin") or run.result["train_seconds"]
+    key = [model_name, data_set, training, images]
     return Loaded(name, key, images, model, variables, batches)
 
 

@@ -137,7 +137,7 @@ def reordered(model: Any, variables: Any, order: np.ndarray) -> Any:
 
 
 def one_path_merge(shortcut, residual, gate, activate):
-    """S + |g| F, whose gradient passes through F alone where g > 0, through S alone elsewhere."""
+    """`S + |g| F`, whose gradient passes through F alone where g > 0, through S alone elsewhere."""
 
     def passing(x, share):
         return share * x + (1 - share) * jax.lax.stop_gradient(x)

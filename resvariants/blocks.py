@@ -146,6 +146,9 @@ class Unit(nn.Module):
       share_preactivation: where the shape changes, the shortcut starts from the branch's
         pre-activation (He et al. 2016, appendix, of projections) instead of the unit's input.
       activated: the input is activated already; there is no pre-activation here.
+      dilation: of the branch's convolutions.
+      dilate: instead of a stride, double the dilation (more, of more strides) of the convolutions
+        behind the one that would have it: every other output is what the stride would have given.
       conv: a factory of convolutions with the signature of `layers.conv`.
       train: whether dropout drops.
       remat: recompute the branch in the backward pass instead of keeping its activations.
@@ -161,6 +164,8 @@ class Unit(nn.Module):
     weights: Callable[..., tuple] | None = None
     share_preactivation: bool = True
     activated: bool = False
+    dilation: int = 1
+    dilate: bool = False
     conv: ModuleFactory = conv
     train: bool = False
     remat: bool = False
@@ -220,12 +225,26 @@ class Unit(nn.Module):
             named = ((path, partial(self.norm, name=f"{name}_{i}")) for i, path in enumerate(x, 1))
             return [activate(path, "norm relu", norm) for path, norm in named]
 
-        x = self.branch(x, self.features, self.strides, self.conv, between)
+        x = self.branch(x, self.features, self.strides, self._dilated_conv(), between)
         return activate(x, self.placement.after, partial(self.norm, name=f"norm{next(numbers)}"))
+
+    def _dilated_conv(self):
+        if self.dilation == 1 and not self.dilate:
+            return self.conv  # somebody's own need not know of dilation
+        dilation = self.dilation
+
+        def conv(features, kernel_size, strides=1, **options):
+            nonlocal dilation
+            own = dilation
+            if self.dilate:
+                strides, dilation = 1, dilation * strides
+            return self.conv(features, kernel_size, strides, dilation=own, **options)
+
+        return conv
 
     def weighted_shortcut(self, x, start, gate):
         """a S and b, for the shortcut S from `start`."""
-        shape = (self.features, self.strides, self.conv)
+        shape = (self.features, 1 if self.dilate else self.strides, self.conv)
         # A projection of what is normalised already is not normalised again.
         norm = None if "norm" in self.placement.before else self.norm
         shortcut = self.shortcut(start, *shape, norm)

@@ -91,7 +91,7 @@ class VGG(nn.Module):
       hidden: sizes of the fully connected layers before the classifier.
       batch_normed: BatchNorm after every convolution. (They keep their biases, as in public code.)
       dropout_rate: after the hidden layers; needs the rng stream `dropout` in training.
-      remat, unroll, dtype, axis_name: see `ResNet`.
+      remat, unroll, frozen_norm, dtype, axis_name: see `ResNet`.
     """
 
     stage_sizes: Sequence[int]
@@ -102,6 +102,7 @@ class VGG(nn.Module):
     dropout_rate: float = 0.5
     remat: str = "auto"
     unroll: int | bool | None = None
+    frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
 
@@ -138,7 +139,9 @@ class VGG(nn.Module):
         check_size("images", images, 2 ** len(self.stage_sizes))
         if gates is not None:
             gates = check_gates(gates, self.num_units)
-        norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+        norm = batch_norm(
+            train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
+        )
         unit = partial(
             Unit,
             branch=single_branch,
@@ -423,10 +426,12 @@ class Inception(nn.Module):
       features: of the 1x1; of the 3x3's reduction and itself; of the 5x5's; of the projection
         after pooling.
       layer: a factory of `ConvLayer`s.
+      wide_kernel: size of the 5x5.
     """
 
     features: Sequence[int]
     layer: ModuleFactory
+    wide_kernel: int = 5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -436,7 +441,9 @@ class Inception(nn.Module):
         branches = [
             self.layer(one, 1, name="conv1")(x),
             self.layer(three, 3, name="conv3")(self.layer(reduce3, 1, name="reduce3")(x)),
-            self.layer(five, 5, name="conv5")(self.layer(reduce5, 1, name="reduce5")(x)),
+            self.layer(five, self.wide_kernel, name="conv5")(
+                self.layer(reduce5, 1, name="reduce5")(x)
+            ),
             self.layer(project, 1, name="project")(pooled),
         ]
         return jnp.concatenate(branches, axis=-1)
@@ -484,13 +491,19 @@ class GoogLeNet(nn.Module):
       batch_normed: BatchNorm in place of biases and of local response normalisation.
       dropout_rate: before the main classifier (auxiliary ones have 0.7); needs the rng stream
         `dropout` in training.
-      dtype, axis_name: see `ResNet`.
+      wide_kernel, last_pool_window: 3 and 2 in torchvision's, which calls its 3x3 a 5x5.
+      epsilon: added to BatchNorm's variances.
+      frozen_norm, dtype, axis_name: see `ResNet`.
     """
 
     num_classes: int
     auxiliary: bool = True
     batch_normed: bool = False
     dropout_rate: float = 0.4
+    wide_kernel: int = 5
+    last_pool_window: int = 3
+    epsilon: float = 1e-5
+    frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
 
@@ -513,7 +526,13 @@ class GoogLeNet(nn.Module):
         """
         # Behind 4a and 4d the auxiliary heads need maps of 5x5, a sixteenth of the image.
         check_size("images", images, 79 if self.auxiliary else 31)
-        make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+        make_norm = batch_norm(
+            train,
+            frozen=self.frozen_norm,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )
         layer = partial(
             ConvLayer,
             conv=partial(conv, use_bias=not self.batch_normed, dtype=self.dtype),
@@ -528,7 +547,7 @@ class GoogLeNet(nn.Module):
         x = layer(192, 3, name="conv2")(x)
         x = outputs["conv2"] = halving_max_pool(response_norm(x), 3)
         for name, widths in INCEPTIONS.items():
-            x = Inception(widths, layer, name=f"inception{name}")(x)
+            x = Inception(widths, layer, self.wide_kernel, name=f"inception{name}")(x)
             outputs[f"inception{name}"] = x
             if name in self._auxiliary(train):
                 head = AuxiliaryHead(
@@ -538,7 +557,7 @@ class GoogLeNet(nn.Module):
                 if not self.is_initializing():
                     self.sow("auxiliary_logits", name, logits)
             if name in ("3b", "4e"):
-                x = halving_max_pool(x, 3)
+                x = halving_max_pool(x, 3 if name == "3b" else self.last_pool_window)
         check_dropout_rate(self.dropout_rate)
         pooled = pool_and_classify(x, 0)["pooled"]
         pooled = nn.Dropout(self.dropout_rate, deterministic=not train)(pooled)

@@ -50,21 +50,32 @@ def _per_pixel(images):
     return mean, np.sqrt(np.mean(std**2, keepdims=True))
 
 
+def _imagenet(images):
+    if images.shape[-1] != 3:
+        raise InputError(
+            "dataset.normalisation 'imagenet' is for images of three colours; 'channel' is for any"
+        )
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    return tuple(255 * np.reshape(values, (1, 1, 1, 3)) for values in (mean, std))
+
+
 NORMALISATIONS = {
     # The mean image; one scale for all, as in the stochastic-depth code (BatchNorm undoes it).
     "per_pixel_mean": _per_pixel,
     "channel": lambda images: _moments(images, (0, 1, 2)),
+    # Of ImageNet, with which much public code trains on any data.
+    "imagenet": _imagenet,
     "none": lambda images: (np.zeros((1, 1, 1, 1)), np.full((1, 1, 1, 1), 255.0)),
 }
 
 
 def normalisation(kind: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 mean and scale of the training images, such that the input is (x - mean) / scale.
+    """Float32 mean and scale such that the input is (x - mean) / scale.
 
     Both have four dimensions and broadcast against images (batch, height, width, channels).
 
     Raises:
-      InputError: unknown kind.
+      InputError: unknown kind, or one that does not fit the images.
     """
     mean, scale = choose("dataset.normalisation", kind, NORMALISATIONS)(images)
     scale = np.where(scale == 0, 1.0, scale)

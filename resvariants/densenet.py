@@ -126,8 +126,7 @@ class DenseNet(nn.Module):
         without augmentation. Needs the rng stream `dropout` in training.
       memory_efficient: activations in memory grow linearly with depth instead of quadratically,
         at the price of computing some of them twice (see `DenseLayer`).
-      dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
-      axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
+      frozen_norm, dtype, axis_name: see `resnet.ResNet`.
     """
 
     block_sizes: Sequence[int]
@@ -139,6 +138,7 @@ class DenseNet(nn.Module):
     stem_features: int = 16
     dropout_rate: float = 0.0
     memory_efficient: bool = False
+    frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
 
@@ -165,7 +165,9 @@ class DenseNet(nn.Module):
             raise InputError(f"compression {self.compression} is outside (0, 1]: 1 keeps all")
         check_dropout_rate(self.dropout_rate)
         make_conv = partial(conv, dtype=self.dtype)
-        make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+        make_norm = batch_norm(
+            train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
+        )
         dropout = partial(nn.Dropout, self.dropout_rate, deterministic=not train)
 
         if self.stem is None:

@@ -141,6 +141,7 @@ def conv(
     kernel_size: int,
     strides: int = 1,
     *,
+    dilation: int = 1,
     padding: int | None = None,
     use_bias: bool = False,
     kernel_init=he_normal,
@@ -150,13 +151,15 @@ def conv(
     """A square convolution padded by `kernel_size // 2` on every side, so that weights interchange.
 
     ("SAME" padding at stride 2 is not symmetric: it shifts the window against PyTorch's by one.)
+    With `dilation`, the distance between a kernel's taps, there is as much more padding.
     He initialisation, no bias unless asked for. Further arguments are `nn.Conv`'s.
     """
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
         strides,
-        padding=kernel_size // 2 if padding is None else padding,
+        padding=kernel_size // 2 * dilation if padding is None else padding,
+        kernel_dilation=dilation,
         use_bias=use_bias,
         kernel_init=kernel_init,
         conv_general_dilated=conv_general_dilated,
@@ -227,6 +230,7 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       dtype: of the result; statistics and parameters stay at least float32.
       axis_name: of a `pmap` or `shard_map` axis over which the batch's statistics are shared.
+      frozen: scale and bias get no gradient.
     """
 
     use_running_average: bool
@@ -234,6 +238,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = None
     axis_name: str | None = None
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -241,6 +246,8 @@ class BatchNorm(nn.Module):
         vector = (x.shape[-1:], jnp.float32)
         scale = self.param("scale", nn.initializers.ones, *vector)
         bias = self.param("bias", nn.initializers.zeros, *vector)
+        if self.frozen:
+            scale, bias = lax.stop_gradient((scale, bias))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, *vector)
         running_var = self.variable("batch_stats", "var", jnp.ones, *vector)
         x = x.astype(self.dtype or x.dtype)
@@ -260,14 +267,17 @@ class BatchNorm(nn.Module):
         return y
 
 
-def batch_norm(train: bool, **kwargs) -> ModuleFactory:
+def batch_norm(train: bool, *, frozen: bool = False, **kwargs) -> ModuleFactory:
     """A factory of BatchNorm modules that use batch statistics if `train`, else the running ones.
+
+    `frozen`: the running ones always, left as they are, and scales and biases are not trained.
 
     Torch's conventions: epsilon 1e-5, and running statistics that keep 0.9 of themselves at each
     step. The running variance is the biased one. `axis_name` makes statistics common to the devices
     of a `pmap` or `shard_map`; under a sharded `jit` they are the global batch's anyway.
     """
-    return partial(BatchNorm, use_running_average=not train, **kwargs)
+    running = frozen or not train
+    return partial(BatchNorm, use_running_average=running, frozen=frozen, **kwargs)
 
 
 def no_norm(name: str | None = None) -> Callable[[jax.Array], jax.Array]:

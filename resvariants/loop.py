@@ -48,7 +48,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Options of networks, and the values that stand for their own defaults.
 OPTIONS = {
     key: ResNet.__dataclass_fields__[key].default
-    for key in ("remat", "unroll", "survival_probability", "survival_schedule", "survival_draw")
+    for key in (
+        "remat",
+        "unroll",
+        "frozen_norm",
+        "survival_probability",
+        "survival_schedule",
+        "survival_draw",
+    )
 } | {"dropout_rate": None}
 
 # What numbers may be, where no function below says so itself.
@@ -114,26 +121,20 @@ def set_up(config: ConfigDict) -> Setup:
     """
     for words, allowed, keys in LIMITS:
         for key in keys:
-            try:
-                value = reduce(getitem, key.split("."), config)
-            except KeyError:
-                raise InputError(
-                    f"the config has no {key}: it is of another version of resvariants. Add it to"
-                    f" config.json as configs/default.py has it"
-                ) from None
+            value = _value(config, key)
             if value is not None and not allowed(value):
                 raise InputError(f"{key} is {value}; it must be {words}")
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
     data_set = sources.find(config.dataset.name)
-    options = config.model
+    options = {key: _value(config, f"model.{key}") for key in OPTIONS}
     # Only what differs from the networks' own defaults: not every network has every option.
-    chosen = {key: options[key] for key in OPTIONS if options[key] != OPTIONS[key]}
+    chosen = {key: value for key, value in options.items() if value != OPTIONS[key]}
     if chosen.get("unroll") == 0:
         chosen["unroll"] = True
     model = zoo.create_model(
-        options.name,
+        config.model.name,
         data_set.num_classes,
-        dtype=choose("model.dtype", options.dtype, DTYPES),
+        dtype=choose("model.dtype", config.model.dtype, DTYPES),
         axis_name=parallel.bn_axis_name,
         **chosen,
     )
@@ -159,6 +160,16 @@ def set_up(config: ConfigDict) -> Setup:
         optimizer,
         partial(create_state, model, optimizer, config.seed, data_set.image_shape),
     )
+
+
+def _value(config, key):
+    try:
+        return reduce(getitem, key.split("."), config)
+    except KeyError:
+        raise InputError(
+            f"the config has no {key}: it is of another version of resvariants. Add it to"
+            " config.json as configs/default.py has it"
+        ) from None
 
 
 def make_evaluator(setup: Setup, batch_size: int) -> Callable[[TrainState, str], dict[str, float]]:
@@ -448,12 +459,9 @@ def _result(config, setup, shapes, log, compile_seconds):
     steps = np.array([row["step"] - start for row, start in zip(rows, starts, strict=False)])
     in_last_epoch = np.array(starts[1:]) > setup.total_steps - setup.steps_per_epoch
     result = {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "num_params": count_parameters(shapes.params),
+        **_facts(config, shapes),
         "steps": setup.total_steps,
         "epochs": setup.total_steps / setup.steps_per_epoch,
-        "seed": config.seed,
         "train_error": float(
             np.average([row["error"] for row in rows], weights=steps * in_last_epoch)
         ),
@@ -461,6 +469,22 @@ def _result(config, setup, shapes, log, compile_seconds):
         "compile_seconds": compile_seconds,
         "train_seconds": log.train_seconds,
         "images_per_second": setup.total_steps * config.batch_size / log.train_seconds,
+    }
+    if "validation" in last:
+        result["val_error"] = last["validation"]
+    memory = [device.memory_stats() for device in jax.local_devices()]
+    if all(memory):
+        result["peak_memory_bytes"] = max(stats["peak_bytes_in_use"] for stats in memory if stats)
+    return result
+
+
+def _facts(config, shapes):
+    # What a result says whether the network was trained here or not.
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "num_params": count_parameters(shapes.params),
+        "seed": config.seed,
         "devices": describe_devices(),
         "versions": {
             "python": platform.python_version(),
@@ -470,11 +494,57 @@ def _result(config, setup, shapes, log, compile_seconds):
             },
         },
     }
-    if "validation" in last:
-        result["val_error"] = last["validation"]
-    memory = [device.memory_stats() for device in jax.local_devices()]
-    if all(memory):
-        result["peak_memory_bytes"] = max(stats["peak_bytes_in_use"] for stats in memory if stats)
+
+
+def adopt(
+    config: ConfigDict, path: str | Path, variables: Any, origin: dict[str, str]
+) -> dict[str, Any]:
+    """Makes workdir `path` of a network trained elsewhere, as if its run had ended, and gives the
+    result: after 0 steps, with the errors that it has on the config's data.
+
+    Args:
+      variables: its `params` and `batch_stats`.
+      origin: where they come from, for `result.json`.
+
+    Raises:
+      InputError: something in the config, the data or the workdir is wrong; nothing was written.
+    """
+    workdir = Workdir(Path(path), config)
+    if workdir.result is not None:
+        raise InputError(f"{path} holds a finished run; name another workdir")
+    setup = set_up(config)
+    state = _state_from(setup, variables)
+    evaluate = make_evaluator(setup, config.eval_batch_size)
+    values = {split: evaluate(state, split) for split in setup.splits}
+    names = {"train": "train_error", "test": "test_error", "validation": "val_error"}
+    result = _facts(config, state) | {
+        "steps": 0,
+        "epochs": 0.0,
+        **{names[split]: values[split]["error"] for split in values},
+        "compile_seconds": 0.0,
+        "train_seconds": 0.0,
+        "images_per_second": 0.0,
+        "origin": origin,
+    }
+    rows = [
+        {
+            "step": 0,
+            "epoch": 0.0,
+            "split": split,
+            "loss": metrics["loss"],
+            "error": metrics["error"],
+            "learning_rate": 0.0,
+            "images_per_second": metrics["images"] / metrics["seconds"],
+        }
+        for split, metrics in values.items()
+    ]
+    with workdir.writing():
+        workdir.keep_rows(-1)
+        with closing(Checkpoints(workdir.checkpoints, 1)) as checkpoints:
+            checkpoints.save(0, state, {"train_seconds": 0.0})
+        for row in rows:
+            workdir.append_row(row)
+        workdir.finish(result, rows)
     return result
 
 

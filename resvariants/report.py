@@ -127,8 +127,10 @@ def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if "val_error" in result:
         table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
+    table.append(("test error, last epoch", f"{result['test_error']:.2f} %"))
+    if "origin" in result:  # not trained here
+        return [*table, ("weights", result["origin"]["file"])]
     table += [
-        ("test error, last epoch", f"{result['test_error']:.2f} %"),
         ("compilation", f"{result['compile_seconds']:.1f} s"),
         ("training", f"{result['train_seconds']:.1f} s"),
         ("images per second", f"{result['images_per_second']:,.0f}"),
@@ -162,13 +164,24 @@ def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> 
     else:
         budget += " were run in full"
     augmented = config["dataset"]["crop_padding"] or config["dataset"]["flip"]
-    lines = [
+    head = [
         f"# {result['model']} on {result['dataset']}",
         "",
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in table),
         "",
+    ]
+    if "origin" in result:
+        lines = [
+            "The weights were trained elsewhere, on what data and for how long is not known here"
+            f" (SHA-256 {result['origin']['sha256']}). Errors are those of the whole splits."
+            f" Versions: {versions}.",
+            "",
+        ]
+        path.write_text("\n".join(head + lines))
+        return
+    lines = [
         "![learning curves](curves.png)",
         "",
         f"{budget}. Training error is that of the last epoch's batches as they were trained on"
@@ -177,4 +190,4 @@ def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> 
         f" {versions}.",
         "",
     ]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(head + lines))

@@ -131,6 +131,7 @@ class Stage(nn.Module):
     Attributes:
       unit: a factory `(features, strides=..., remat=..., name=...)` of units.
       activated: the stage's input is activated already (see `Unit`).
+      dilation, dilate: of the first unit (see `Unit`); the others go on with what it ends with.
       remat, unroll: see `ResNet`.
     """
 
@@ -139,6 +140,8 @@ class Stage(nn.Module):
     features: int
     strides: int
     activated: bool = False
+    dilation: int = 1
+    dilate: bool = False
     remat: str = "auto"
     unroll: int | bool | None = None
 
@@ -159,6 +162,9 @@ class Stage(nn.Module):
         first = partial(unit, strides=self.strides, remat=remat != "none", name="first")
         if self.activated:
             first = partial(first, activated=True)
+        if self.dilate:
+            first = partial(first, dilation=self.dilation, dilate=True)
+            unit = partial(unit, dilation=self.dilation * self.strides)
         x = first()(x, None if gates is None else gates[0])
         length = self.num_units - 1
         if length == 0:
@@ -178,7 +184,10 @@ class Stage(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolution-BN-ReLU before the first stage, and for ImageNet a 3x3 max pool of stride 2."""
+    """Convolution-BN-ReLU before the first stage, and for ImageNet a 3x3 max pool of stride 2.
+
+    Without `activation`, it is left to the first unit.
+    """
 
     features: int
     conv: ModuleFactory
@@ -186,12 +195,14 @@ class Stem(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     pool: bool = False
+    activation: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images (batch, height, width, channels) -> feature maps."""
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        x = nn.relu(self.norm(name="norm")(x))
+        if self.activation:
+            x = nn.relu(self.norm(name="norm")(x))
         return max_pool(x, 3, 2, 1) if self.pool else x
 
 
@@ -211,7 +222,8 @@ class ResNet(nn.Module):
       unit: a unit factory, such as `BasicUnit` or a `partial` of `Unit`.
       final_activation: of units that pre-activate: what stands after the last addition, "norm relu"
         or "relu". The first unit then shares the stem's activation (He et al. 2016, appendix).
-      stem: a factory `(features, conv, norm)`.
+      stem: a factory `(features, conv, norm)`; None is `Stem`. (Were that the default itself, NNX's
+        bridge would take it for the submodule of the same name.)
       stem_features: channels of the stem.
       survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
         unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
@@ -225,6 +237,11 @@ class ResNet(nn.Module):
         "auto" is "block" on CPUs in stages of `LONG_STAGE` units or more, otherwise "none".
       unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
         None is one, but for stages of three units, where the loop costs more than it saves.
+      output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
+        as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
+        every other row and column what the strides would have. None: as built.
+      frozen_norm: BatchNorm uses its running statistics in training, too, which do not move, and
+        its scales and biases get no gradient.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
     """
@@ -234,13 +251,16 @@ class ResNet(nn.Module):
     num_classes: int
     unit: ModuleFactory = BasicUnit
     final_activation: str = ""
-    stem: ModuleFactory = Stem
+    shares_stem_activation: bool = True
+    stem: ModuleFactory | None = None
     stem_features: int = 16
     survival_probability: float = 1.0
     survival_schedule: str = "linear"
     survival_draw: str = "batch"
     remat: str = "auto"
     unroll: int | bool | None = None
+    output_stride: int | None = None
+    frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
 
@@ -278,21 +298,29 @@ class ResNet(nn.Module):
         else:
             gates = check_gates(gates, self.num_units)
         make_conv = partial(conv, dtype=self.dtype)
-        make_norm = batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+        make_norm = batch_norm(
+            train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
+        )
         unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
 
-        x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
+        x = (self.stem or Stem)(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
         stages = zip(
-            self.stage_sizes, self.features, gates_by_stage(gates, self.stage_sizes), strict=True
+            self.stage_sizes,
+            self.features,
+            self._geometry(round(images.shape[1] / x.shape[1])),
+            gates_by_stage(gates, self.stage_sizes),
+            strict=True,
         )
-        for i, (size, features, stage_gates) in enumerate(stages):
+        for i, (size, features, (strides, dilation), stage_gates) in enumerate(stages):
             stage = Stage(
                 unit,
                 size,
                 features,
-                strides=min(i + 1, 2),
-                activated=i == 0 and bool(self.final_activation),
+                strides=strides,
+                dilation=dilation or 1,
+                dilate=dilation is not None,
+                activated=i == 0 and bool(self.final_activation) and self.shares_stem_activation,
                 remat=self.remat,
                 unroll=self.unroll,
                 name=f"stage{i + 1}",
@@ -303,6 +331,25 @@ class ResNet(nn.Module):
             outputs["final_norm"] = x
         outputs |= pool_and_classify(x, self.num_classes)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
+
+    def _geometry(self, stride):
+        # Each stage's stride, behind a stem of that stride, and the dilation it starts with if that
+        # takes the stride's place.
+        allowed = [stride * 2**i for i in range(len(self.stage_sizes))]
+        if self.output_stride not in (None, *allowed):
+            raise InputError(
+                f"output_stride {self.output_stride}: this network can have"
+                f" {', '.join(map(str, allowed))}"
+            )
+        dilation, geometry = 1, [(1, None)]
+        for _ in self.stage_sizes[1:]:
+            if stride == self.output_stride:
+                geometry.append((2, dilation))
+                dilation *= 2
+            else:
+                geometry.append((2, None))
+                stride *= 2
+        return geometry
 
     def residual_scales(self) -> jax.Array | None:
         """What evaluation multiplies each unit's residual with, (num_units,); None is 1 for all."""

@@ -48,6 +48,32 @@ def _multiply_adds(equation) -> int:
     return sum(costs) * equation.params.get("length", 1)
 
 
+def feature_info(model: nn.Module, image_shape: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Channels and stride of the maps that `return_features=True` gives, without running `model`.
+
+    Args:
+      image_shape: (height, width, channels) of images that the network takes.
+
+    Returns:
+      name -> `channels`, and `stride`, rows of the image for one of the map.
+    """
+    return {
+        name: {"channels": maps.shape[-1], "stride": round(image_shape[0] / maps.shape[1])}
+        for name, maps in _features(model, image_shape).items()
+        if len(maps.shape) == 4
+    }
+
+
+def _features(model, image_shape):
+    # Shapes of all outputs for one image.
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(
+        lambda variables, images: model.apply(variables, images, train=False, return_features=True),
+        abstract_variables(model, image_shape),
+        images,
+    )
+
+
 def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
     """One row for each top-level part of `model` and one for the total.
 
@@ -68,7 +94,7 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> list[dict]:
         path = str(equation.source_info.name_stack).split("/")
         if len(path) > 1:
             costs[path[1]] += _multiply_adds(equation)
-    shapes = jax.eval_shape(forward, variables, images)
+    shapes = _features(model, image_shape)
     shapes["head"] = shapes.get("logits")
     order = {part: position for position, part in enumerate(costs)}
     rows = [

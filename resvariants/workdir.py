@@ -90,9 +90,13 @@ class Workdir:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def finish(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Writes `curves.png`, `report.md` and, last, `result.json`."""
+        """Writes `curves.png`, `report.md` and, last, `result.json`.
+
+        A network that was not trained here (`origin`) has no curves.
+        """
         title = f"{result['model']} on {result['dataset']}"
-        draw_curves(rows, result["model"], title, self.path / "curves.png")
+        if "origin" not in result:
+            draw_curves(rows, result["model"], title, self.path / "curves.png")
         write_report(result, self._config, self.path / "report.md")
         _write_json(self.path / "result.json", result)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from typing import Any
 
 from flax import linen as nn
 
@@ -251,8 +252,11 @@ def _zoo() -> dict[str, Entry]:
         imagenet(postactivated, f"resnet{depth}", he2015, *sizes)
         imagenet(postactivated, f"resnet{depth}_a", he2015, *sizes, shortcut="A")
         imagenet(postactivated, f"resnet{depth}_c", he2015, *sizes, shortcut="C")
+    public = "none; a convention of public code"
+    strided: dict[str, Any] = {"bottleneck": True, "strided_conv": 2}
     for depth, sizes in BOTTLENECK_STAGES.items():
         imagenet(postactivated, f"resnet{depth}", he2015, *sizes, bottleneck=True)
+        imagenet(postactivated, f"resnet{depth}_v1_5", public, *sizes, **strided)
 
     for depth in (20, 32, 44, 56, 110):
         cifar(plain_nets, f"plain{depth}", he2015, depth, plain=True)
@@ -267,9 +271,13 @@ def _zoo() -> dict[str, Entry]:
     for depth, sizes in BASIC_STAGES.items():
         imagenet(preactivated, f"preact_resnet{depth}", he2016, *sizes, **full)
     # Pre-activated ones follow fb.resnet.torch, which the 2016 paper's release builds on.
-    strided = {"bottleneck": True, "strided_conv": 2, **full}
+    strided |= full
     for depth, sizes in {**BOTTLENECK_STAGES, 200: (3, 24, 36, 3)}.items():
         imagenet(preactivated, f"preact_resnet{depth}", he2016, *sizes, **strided)
+    # timm's: the stem's convolution and pooling alone, and then whole units.
+    strided |= {"stem": partial(ImageNetStem, activation=False), "shares_stem_activation": False}
+    for depth, sizes in BOTTLENECK_STAGES.items():
+        imagenet(preactivated, f"resnetv2_{depth}", public, *sizes, **strided)
 
     for placement in ("norm_after_addition", "relu_before_addition", "relu_only_preactivation"):
         options = {"placement": placement}
@@ -326,9 +334,8 @@ def _zoo() -> dict[str, Entry]:
         zoo[f"vgg{depth}"] = Entry(vgg, IMAGENET, 1000, paper, "VGG")
         vgg_bn = partial(vgg, batch_normed=True)
         zoo[f"vgg{depth}_bn"] = Entry(vgg_bn, IMAGENET, 1000, paper, "VGG")
-    convention = "none; a convention of public code"
     vgg = partial(VGG, (2, 2, 4, 4, 4), widths, hidden=(), batch_normed=True)
-    zoo["cifar_vgg19_bn"] = Entry(vgg, CIFAR, 10, convention, "VGG")
+    zoo["cifar_vgg19_bn"] = Entry(vgg, CIFAR, 10, public, "VGG")
     # Accounts of the paper say 15 layers of width 128; how they are dealt out to stages is ours.
     vgg = partial(VGG, (2, 3, 3, 3, 3), (128,) * 5, hidden=(), batch_normed=True)
     zoo["vgg15_width128"] = Entry(vgg, CIFAR, 10, "Veit et al. 2016", "VGG")
@@ -336,12 +343,17 @@ def _zoo() -> dict[str, Entry]:
     for name, alexnet, image_shape, num_classes, paper in (
         ("alexnet", two_tower_alexnet, (227, 227, 3), 1000, "Krizhevsky et al. 2012"),
         ("alexnet_single_tower", single_tower_alexnet, IMAGENET, 1000, "Krizhevsky 2014"),
-        ("cifar_alexnet", cifar_alexnet, CIFAR, 10, convention),
+        ("cifar_alexnet", cifar_alexnet, CIFAR, 10, public),
     ):
         zoo[name] = Entry(alexnet, image_shape, num_classes, paper, "AlexNet")
-    for name, batch_normed in (("googlenet", False), ("googlenet_bn", True)):
-        googlenet = partial(GoogLeNet, batch_normed=batch_normed)
-        zoo[name] = Entry(googlenet, IMAGENET, 1000, "Szegedy et al. 2014", "GoogLeNet")
+    normed = partial(GoogLeNet, batch_normed=True)
+    theirs = partial(normed, wide_kernel=3, last_pool_window=2, epsilon=1e-3, dropout_rate=0.2)
+    for name, googlenet, paper in (
+        ("googlenet", GoogLeNet, "Szegedy et al. 2014"),
+        ("googlenet_bn", normed, "Szegedy et al. 2014"),
+        ("googlenet_torchvision", theirs, public),
+    ):
+        zoo[name] = Entry(googlenet, IMAGENET, 1000, paper, "GoogLeNet")
     return zoo
 
 

@@ -105,6 +105,14 @@ def by_formula(kind, images):
     return centred / np.where(scale == 0, 1, scale)
 
 
+def test_imagenets_mean_colour_is_a_constant_for_images_of_three_colours():
+    mean, scale = normalisation("imagenet", make_split(2, (4, 4, 3)).images)
+    assert mean.ravel().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert scale.ravel().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    with pytest.raises(InputError, match="three colours"):
+        normalisation("imagenet", make_split(2, (8, 8, 1)).images)
+
+
 KINDS = ("per_pixel_mean", "channel", "none")
 
 
@@ -169,7 +177,7 @@ def test_images_that_are_all_one_grey_stay_finite(kind):
 
 
 def test_an_unknown_normalisation_is_answered_with_the_allowed_ones():
-    with pytest.raises(InputError, match="allowed: channel, none, per_pixel_mean"):
+    with pytest.raises(InputError, match="allowed: channel, imagenet, none, per_pixel_mean"):
         normalisation("whiten", make_split(2).images)
 
 

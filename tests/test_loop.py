@@ -371,7 +371,7 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"model.remat": "all"}, "allowed: auto, block, none, sqrt"),
         ({"model.survival_probability": 0.0}, r"outside \(0, 1\]"),
         ({"dataset.name": "digit"}, "digits"),
-        ({"dataset.normalisation": "pixel"}, "allowed: channel, none, per_pixel_mean"),
+        ({"dataset.normalisation": "pixel"}, "allowed: channel, imagenet, none, per_pixel_mean"),
         ({"dataset.validation_size": 1437}, "between 0 and 1436"),
         ({"batch_size": 60}, "56 or 64"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0; it must be positive"),

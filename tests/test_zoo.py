@@ -60,6 +60,12 @@ IMAGENET_PARAMETERS = {
     "resnet34_c": 22_716_840,
     "plain34": 21_623_848,
     "resnet50": 25_557_032,
+    "resnet50_v1_5": 25_557_032,
+    "resnet101_v1_5": 44_549_160,
+    "resnet152_v1_5": 60_192_808,
+    "resnetv2_50": 25_549_352,  # timm's own
+    "resnetv2_101": 44_541_480,
+    "resnetv2_152": 60_185_128,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
     "preact_resnet18": 11_687_720,
@@ -116,6 +122,7 @@ CLASSIC_PARAMETERS = {
     "alexnet_single_tower": 61_100_840,
     "cifar_alexnet": 2_472_266,
     "googlenet": 13_378_280,  # with both auxiliary classifiers
+    "googlenet_torchvision": 13_004_888,  # torchvision's own, with auxiliary classifiers
     "googlenet_bn": 7_005_832 + 13_378_280 - 6_998_552 + 2 * 128,
 }
 PARAMETERS = (

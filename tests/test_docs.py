@@ -1,0 +1,25 @@
+"""Every snippet of the documentation, run from the top of its page to the bottom."""
+
+import re
+
+import jax
+import pytest
+from conftest import ROOT
+from test_resnet import random_variables
+
+from resvariants import create_model
+from resvariants.weights import to_torch
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    monkeypatch.chdir(tmp_path)
+    if "resnet20.safetensors" in page.read_text():
+        variables = random_variables(create_model("resnet20"), (32, 32, 3))
+        save_file(to_torch(variables), "resnet20.safetensors")
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    with jax.numpy_rank_promotion("allow"):  # JAX's own default, for which users write
+        exec(compile("\n".join(snippets), str(page), "exec"), {"__name__": page.stem})

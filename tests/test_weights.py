@@ -1,0 +1,340 @@
+"""PyTorch's weights as ours and back."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT
+from test_resnet import random_variables
+
+from resvariants import InputError, create_model, list_models
+from resvariants.parallel import compiler_options
+from resvariants.summary import abstract_variables
+from resvariants.weights import load_torch, read_state_dict, stack, to_torch, transfer, unstack
+from resvariants.zoo import ZOO, find
+
+CIFAR = (32, 32, 3)
+
+
+@pytest.mark.parametrize("family", list_models())
+def test_every_networks_stages_come_apart_and_together_again(family):
+    for name, entry in list_models()[family].items():
+        if re.search("1001|1202|164|110_|densenet", name):
+            continue  # seconds to trace, and the same units as in others, or no stages
+        shapes = abstract_variables(entry.build(num_classes=10), entry.image_shape)
+        again = jax.eval_shape(lambda variables: stack(unstack(variables)), shapes)
+        assert again == shapes, name
+
+
+@pytest.mark.parametrize("name", ["resnet14", "preact_resnet20", "highway10_width16"])
+def test_units_keep_their_values(name):
+    variables = random_variables(create_model(name), find(name).image_shape)
+    units = unstack(variables)
+    for layer, arrays in variables["params"]["stage2"]["rest"].items():
+        for array, values in jax.tree_util.tree_leaves_with_path(arrays):
+            there = units["params"]["stage2"]["unit2"][layer]
+            for key in array:
+                there = there[key.key]
+            np.testing.assert_array_equal(there, values[0])
+    jax.tree.map(np.testing.assert_array_equal, stack(units), variables)
+
+
+def test_units_that_do_not_stack_are_refused():
+    units = unstack(random_variables(create_model("resnet20"), CIFAR)["params"])
+    units["stage2"].pop("unit2")
+    with pytest.raises(InputError, match=r"units \[3\] of a stage are not in sequence"):
+        stack(units)
+    units["stage2"]["unit2"] = units["stage1"]["unit2"]
+    with pytest.raises(InputError, match="must have the same arrays"):
+        stack(units)
+
+
+# Tensors (without counters) in the libraries' own state dicts, and the beginning of the SHA-256 of
+# their sorted lines "name shape": torchvision 0.28.0, timm 1.0.31, akamaster's checkpoint.
+STATE_DICTS = {
+    ("akamaster", "resnet20"): (97, "1a5a37dac0ca"),
+    ("torchvision", "resnet18"): (102, "09d30cf75c25"),
+    ("torchvision", "resnet34"): (182, "29330baac9d8"),
+    ("torchvision", "resnet50_v1_5"): (267, "0c65d9b17e2b"),
+    ("torchvision", "resnet101_v1_5"): (522, "f564a86209ce"),
+    ("torchvision", "resnet152_v1_5"): (777, "bbf4a97bbdd2"),
+    ("torchvision", "resnext50_32x4d"): (267, "387dd136e2d3"),
+    ("torchvision", "resnext101_32x8d"): (522, "ef5d1e5c4411"),
+    ("torchvision", "resnext101_64x4d"): (522, "29ddcb947998"),
+    ("torchvision", "densenet121"): (606, "0413a20a11d8"),
+    ("torchvision", "densenet161"): (806, "cf2038d2a3ba"),
+    ("torchvision", "densenet169"): (846, "d09a01d87f61"),
+    ("torchvision", "densenet201"): (1006, "ccff77c38ad6"),
+    ("torchvision", "vgg16"): (32, "d246562dac8f"),
+    ("torchvision", "vgg19"): (38, "fc0886ed4e00"),
+    ("torchvision", "vgg16_bn"): (84, "a3833abcf6f9"),
+    ("torchvision", "vgg19_bn"): (102, "0b723e66f494"),
+    ("torchvision", "alexnet_single_tower"): (16, "dc636a6fd56d"),
+    ("torchvision", "googlenet_torchvision"): (305, "6fe0c9122ef7"),
+    ("timm", "resnetv2_50"): (251, "4782e816707a"),
+    ("timm", "resnetv2_101"): (506, "97e4cba1d0e0"),
+    ("timm", "resnetv2_152"): (761, "f7eea31c8c17"),
+    ("timm", "vgg16"): (32, "a79a67857d9b"),
+    ("timm", "vgg19"): (38, "28a9b7461f0e"),
+    ("timm", "vgg16_bn"): (84, "fa2eedd9f84e"),
+    ("timm", "vgg19_bn"): (102, "45d0428b2fca"),
+}
+
+
+@pytest.mark.parametrize(("library", "name"), STATE_DICTS)
+def test_state_dicts_have_the_libraries_names_and_shapes(library, name):
+    shapes = abstract_variables(create_model(name), find(name).image_shape)
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    tensors = to_torch(zeros, library)
+    lines = [f"{tensor} {array.shape}\n" for tensor, array in sorted(tensors.items())]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+    assert (len(tensors), digest) == STATE_DICTS[library, name]
+
+
+SMALL = {
+    "resnet20": {},
+    "resnet20_b": {},
+    "resnetv2_50": {"stage_sizes": (2, 1, 1, 1)},
+    "resnext50_32x4d": {"stage_sizes": (1, 2, 1, 1)},
+    "densenet121": {"block_sizes": (1, 2, 1, 1)},
+    "vgg16_bn": {"features": (4, 4, 8, 8, 8), "hidden": (16, 8)},
+    "alexnet_single_tower": {"features": (8, 8, 8, 8, 8), "hidden": (16, 8)},
+}
+
+
+def small(name, monkeypatch):
+    """The network, built smaller from now on, and random variables of it."""
+    entry, options = find(name), SMALL[name]
+    if options:
+
+        def build(**more):
+            return entry.build(**more).clone(**options)
+
+        monkeypatch.setitem(ZOO, name, dataclasses.replace(entry, build=build))
+    model = create_model(name, num_classes=7)
+    return model, random_variables(model, entry.image_shape)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_there_and_back_again_is_the_same_bits(name, monkeypatch):
+    """Also through the wrapper for several devices, counters, and another number of classes."""
+    _, variables = small(name, monkeypatch)
+    tensors = to_torch(variables)
+    wrapped = {f"module.{tensor}": array for tensor, array in tensors.items()}
+    again = load_torch(name, wrapped | {"module.bn1.num_batches_tracked": np.int64(7)})
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    back = to_torch(again)
+    assert back.keys() == tensors.keys()
+    for tensor, array in back.items():
+        np.testing.assert_array_equal(array, tensors[tensor])
+    headless = load_torch(name, tensors, num_classes=0)
+    assert set(variables["params"]) - set(headless["params"]) == {"head"}
+
+
+def test_flattened_maps_are_read_channels_first():
+    """A hidden layer that picks one pixel of one channel picks it on both sides."""
+    kernel = np.zeros((9216, 4096), np.float32)  # from maps of 6x6x256
+    kernel[(2 * 6 + 3) * 256 + 17, 5] = 1
+    zeros = to_torch(
+        jax.tree.map(
+            lambda leaf: np.broadcast_to(np.float32(0), leaf.shape),
+            abstract_variables(create_model("alexnet_single_tower"), (224, 224, 3)),
+        )
+    )
+    picked = zeros["classifier.1.weight"].reshape(4096, 256, 6, 6).copy()
+    picked[5, 17, 2, 3] = 1
+    tensors = zeros | {"classifier.1.weight": picked.reshape(4096, 9216)}
+    loaded = load_torch("alexnet_single_tower", tensors)
+    np.testing.assert_array_equal(loaded["params"]["hidden1"]["kernel"], kernel)
+
+
+def akamasters_resnet(tensors, x):
+    """The repository's network in NumPy, on images (batch, height, width, channels)."""
+
+    def conv(name, x, stride=1):
+        kernel = tensors[f"{name}.weight"].transpose(2, 3, 1, 0)
+        return reference.conv2d(x, kernel, stride, padding=1)
+
+    def norm(name, x):
+        weight, bias, mean, var = (
+            tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+    x = np.maximum(norm("bn1", conv("conv1", x)), 0)
+    for stage in (1, 2, 3):
+        for unit in range(3):
+            name, stride = f"layer{stage}.{unit}", 2 if stage > 1 and unit == 0 else 1
+            y = np.maximum(norm(f"{name}.bn1", conv(f"{name}.conv1", x, stride)), 0)
+            y = norm(f"{name}.bn2", conv(f"{name}.conv2", y))
+            quarter = (y.shape[-1] - x.shape[-1]) // 2  # of the new number, on both sides
+            x = np.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(quarter, quarter)])
+            x = np.maximum(x + y, 0)
+    return x.mean((1, 2)) @ tensors["linear.weight"].T + tensors["linear.bias"]
+
+
+def test_option_a_with_zeros_on_both_sides_is_ours_with_channels_in_another_order():
+    model = create_model("resnet20")
+    tensors = to_torch(random_variables(model, CIFAR))
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+    logits = model.apply(load_torch("resnet20", tensors), jnp.asarray(x, jnp.float32), train=False)
+    np.testing.assert_allclose(logits, akamasters_resnet(tensors, x), rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_do_not_fit_are_all_named():
+    tensors = to_torch(random_variables(create_model("resnet20"), CIFAR))
+    del tensors["bn1.weight"], tensors["layer2.0.conv1.weight"]
+    tensors["layer4.0.conv1.weight"] = tensors["conv1.weight"]
+    tensors["linear.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(InputError) as caught:
+        load_torch("resnet20", tensors)
+    assert str(caught.value).splitlines() == [
+        "the state dict does not fit resnet20 as akamaster has it:",
+        "  missing: bn1.weight, layer2.0.conv1.weight",
+        "  surplus: layer4.0.conv1.weight",
+        "  misshapen: linear.bias (3,) instead of (10,)",
+    ]
+
+
+def test_networks_that_no_library_has_are_refused():
+    variables = random_variables(create_model("highway10_width16"), (28, 28, 1))
+    with pytest.raises(InputError, match="no PyTorch library"):
+        to_torch(variables)
+    variables = random_variables(create_model("resnet20"), CIFAR)
+    with pytest.raises(InputError, match="unknown library 'timm'; allowed: akamaster"):
+        to_torch(variables, "timm")
+
+
+def test_transfer_takes_all_but_what_is_new():
+    given, fresh = (
+        random_variables(create_model("resnet20", num_classes=n), CIFAR, seed=n) for n in (10, 3)
+    )
+    moved = transfer(given, fresh)
+    np.testing.assert_array_equal(
+        moved["params"]["head"]["kernel"], fresh["params"]["head"]["kernel"]
+    )
+    for collection in ("params", "batch_stats"):
+        jax.tree.map(
+            np.testing.assert_array_equal, moved[collection]["stage2"], given[collection]["stage2"]
+        )
+    with pytest.raises(InputError, match=r"misshapen: .*params/head/kernel \(64, 10\) instead"):
+        transfer(given, fresh, new=())
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_torch("resnet20", tmp_path / "nothing.pth")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no weights at all")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_torch("resnet20", broken)
+
+
+def test_pytorchs_files_are_read_and_run_no_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    weights = {"conv1.weight": torch.arange(4.0).to(torch.bfloat16)}
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "good.pth")
+    read = read_state_dict(tmp_path / "good.pth")
+    np.testing.assert_array_equal(read["conv1.weight"], np.arange(4, dtype=np.float32))
+    torch.save({"state_dict": partial(print, "run")}, tmp_path / "bad.pth")
+    with pytest.raises(InputError, match="cannot be read as weights alone"):
+        read_state_dict(tmp_path / "bad.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="holds no state dict but a list"):
+        read_state_dict(tmp_path / "list.pth")
+
+
+def torch_net(library, name):
+    """The library's own network, with random weights and statistics."""
+    torch = pytest.importorskip("torch")
+    try:
+        zoo = __import__(library)
+    except (ImportError, RuntimeError) as error:  # torchvision for another build of torch
+        pytest.skip(str(error))
+    if library == "torchvision":
+        net = zoo.models.get_model(name, weights=None)
+    else:
+        net = zoo.create_model(name)
+    rng = np.random.default_rng(0)
+    for key, tensor in net.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if tensor.ndim > 1:
+            values = rng.normal(size=tensor.shape, scale=(2 / tensor[0].numel()) ** 0.5)
+        elif key.endswith("running_var") or key.endswith("weight"):
+            values = rng.uniform(0.5, 1.5, tensor.shape)
+        else:
+            values = rng.normal(size=tensor.shape, scale=0.3)
+        tensor.copy_(torch.tensor(values))
+    return net.eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("library", "theirs", "ours"),
+    [
+        ("torchvision", "resnet18", "resnet18"),
+        ("torchvision", "resnet50", "resnet50_v1_5"),
+        ("torchvision", "resnext50_32x4d", "resnext50_32x4d"),
+        ("torchvision", "densenet121", "densenet121"),
+        ("torchvision", "vgg16_bn", "vgg16_bn"),
+        ("torchvision", "alexnet", "alexnet_single_tower"),
+        ("torchvision", "googlenet", "googlenet_torchvision"),
+        ("timm", "resnetv2_50", "resnetv2_50"),
+        ("timm", "vgg16", "vgg16"),
+    ],
+)
+def test_logits_are_the_libraries_own(library, theirs, ours):
+    net = torch_net(library, theirs)
+    import torch
+
+    images = np.random.default_rng(1).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    with torch.inference_mode():
+        expected = net(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    model, tensors = create_model(ours), net.state_dict()
+    apply = jax.jit(partial(model.apply, train=False), compiler_options=compiler_options(once=True))
+    logits = apply(load_torch(ours, tensors), images)
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    back = to_torch(load_torch(ours, tensors), library)
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, tensors[name].numpy())
+
+
+def test_imported_weights_make_a_workdir_for_every_program(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    variables = random_variables(create_model("resnet8"), (8, 8, 1))
+    save_file(to_torch(variables), tmp_path / "digits.safetensors")
+
+    def program(name, *arguments):
+        command = [sys.executable, ROOT / "experiments" / name, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    workdir = tmp_path / "imported"
+    config = f"--config={ROOT / 'configs' / 'digits.py'}:resnet8"
+    given = (f"--weights={tmp_path / 'digits.safetensors'}", f"--workdir={workdir}")
+    done = program("import_torch.py", config, *given)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["steps"] == 0 and result["origin"]["file"] == "digits.safetensors"
+    evaluated = program("evaluate.py", f"--workdir={workdir}")
+    assert f"error {result['test_error']:.2f} %" in evaluated.stdout
+    lesion = program(
+        "lesion.py", f"--workdirs={workdir}", f"--out={tmp_path / 'lesion'}", "--max_deletions=2"
+    )
+    assert lesion.returncode == 0, lesion.stderr
+    again = program("import_torch.py", config, *given)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+    nowhere = tmp_path / "nowhere"
+    other = program(
+        "import_torch.py", config.replace("8", "14", 1), given[0], f"--workdir={nowhere}"
+    )
+    assert other.returncode == 2 and not nowhere.exists()

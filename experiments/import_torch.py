@@ -28,8 +28,13 @@ flags.mark_flags_as_required(["config", "weights", "workdir"])
 def main() -> None:
     """Reads the weights, measures their errors and writes the workdir."""
     path, config = Path(WEIGHTS.value), CONFIG.value
-    shape = sources.find(config.dataset.name).image_shape
-    variables = load_torch(config.model.name, path, image_shape=shape)
+    data_set = sources.find(config.dataset.name)
+    variables = load_torch(
+        config.model.name,
+        path,
+        num_classes=data_set.num_classes,
+        image_shape=data_set.image_shape,
+    )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     origin = {"file": path.name, "sha256": digest}
     print_table(result_table(loop.adopt(config, WORKDIR.value, variables, origin)))

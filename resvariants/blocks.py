@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from resvariants.errors import InputError
 from resvariants.gates import apply_gate
 from resvariants.layers import (
     SHORTCUTS,
@@ -147,8 +148,8 @@ class Unit(nn.Module):
         pre-activation (He et al. 2016, appendix, of projections) instead of the unit's input.
       activated: the input is activated already; there is no pre-activation here.
       dilation: of the branch's convolutions.
-      dilate: instead of a stride, double the dilation (more, of more strides) of the convolutions
-        behind the one that would have it: every other output is what the stride would have given.
+      dilate: instead of a stride, multiply the dilation by it behind the convolutions that would
+        have it: every other output is what a stride of 2 would have given.
       conv: a factory of convolutions with the signature of `layers.conv`.
       train: whether dropout drops.
       remat: recompute the branch in the backward pass instead of keeping its activations.
@@ -188,6 +189,10 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """The unit's output; `gate` is a scalar, boolean or float (see `gates.apply_gate`)."""
+        if self.dilate and (self.weights is not None or self.shortcut is SHORTCUTS["A_average"]):
+            raise InputError(
+                "weighted shortcuts and option A_average cannot have dilation instead of a stride"
+            )
         shares = self.share_preactivation and (self.strides > 1 or self.features != x.shape[-1])
 
         def on(unit, gate, x):
@@ -217,34 +222,39 @@ class Unit(nn.Module):
     def residual(self, x):
         """The branch, with its activations but the first; norms are numbered in their order."""
         numbers = count(2 if "norm" in self.placement.before else 1)
+        dilation, strided = self.dilation, 1
+
+        def conv(features, kernel_size, strides=1, **options):
+            nonlocal strided
+            if self.dilate:
+                strides, strided = 1, max(strided, strides)
+            if dilation > 1:  # somebody's own convolutions need not know of it
+                options["dilation"] = dilation
+            return self.conv(features, kernel_size, strides, **options)
 
         def between(x):
+            nonlocal dilation, strided
+            dilation, strided = dilation * strided, 1
             name = f"norm{next(numbers)}"
             if not isinstance(x, list):
                 return activate(x, "norm relu", partial(self.norm, name=name))
             named = ((path, partial(self.norm, name=f"{name}_{i}")) for i, path in enumerate(x, 1))
             return [activate(path, "norm relu", norm) for path, norm in named]
 
-        x = self.branch(x, self.features, self.strides, self._dilated_conv(), between)
+        x = self.branch(x, self.features, self.strides, conv, between)
         return activate(x, self.placement.after, partial(self.norm, name=f"norm{next(numbers)}"))
-
-    def _dilated_conv(self):
-        if self.dilation == 1 and not self.dilate:
-            return self.conv  # somebody's own need not know of dilation
-        dilation = self.dilation
-
-        def conv(features, kernel_size, strides=1, **options):
-            nonlocal dilation
-            own = dilation
-            if self.dilate:
-                strides, dilation = 1, dilation * strides
-            return self.conv(features, kernel_size, strides, dilation=own, **options)
-
-        return conv
 
     def weighted_shortcut(self, x, start, gate):
         """a S and b, for the shortcut S from `start`."""
-        shape = (self.features, 1 if self.dilate else self.strides, self.conv)
+        strides, conv = self.strides, self.conv
+        if self.dilate and self.shortcut is identity_shortcut:
+            strides = 1
+        elif self.dilate:  # a projection is one for its stride, too, and does without it
+
+            def conv(features, kernel_size, strides=1, **options):
+                return self.conv(features, kernel_size, **options)
+
+        shape = (self.features, strides, conv)
         # A projection of what is normalised already is not normalised again.
         norm = None if "norm" in self.placement.before else self.norm
         shortcut = self.shortcut(start, *shape, norm)

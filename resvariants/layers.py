@@ -3,6 +3,7 @@
 Images and feature maps are `(batch, height, width, channels)`, kernels `(height, width, in, out)`.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -339,6 +340,11 @@ def _recomputed_backward(function, args, gradients):
 
 
 recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+
+
+def stride_between(images, maps) -> int:
+    """How many rows of `images` there are for one of `maps`; a power of two, whatever the edges."""
+    return 2 ** round(math.log2(images.shape[1] / maps.shape[1]))
 
 
 def check_size(what: str, x: jax.Array, least: int) -> None:

@@ -148,7 +148,7 @@ def set_up(config: ConfigDict) -> Setup:
         splits["validation"] = validation
     steps_per_epoch = len(training.labels) / config.batch_size
     schedule, total_steps = make_schedule(config.schedule, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, frozen_norm=config.model.frozen_norm)
     return Setup(
         model,
         splits,

@@ -33,6 +33,7 @@ from resvariants.layers import (
     conv,
     max_pool,
     pool_and_classify,
+    stride_between,
 )
 
 REMAT = ("auto", "none", "block", "sqrt")
@@ -239,11 +240,14 @@ class ResNet(nn.Module):
         None is one, but for stages of three units, where the loop costs more than it saves.
       output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
         as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
-        every other row and column what the strides would have. None: as built.
+        every other row and column what the strides would have (units must know `dilation` and
+        `dilate`, as `Unit` does). None: as built.
       frozen_norm: BatchNorm uses its running statistics in training, too, which do not move, and
         its scales and biases get no gradient.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
+      shares_stem_activation: false: also the first unit pre-activates for itself, as it must behind
+        a stem without activation.
     """
 
     stage_sizes: Sequence[int]
@@ -251,7 +255,6 @@ class ResNet(nn.Module):
     num_classes: int
     unit: ModuleFactory = BasicUnit
     final_activation: str = ""
-    shares_stem_activation: bool = True
     stem: ModuleFactory | None = None
     stem_features: int = 16
     survival_probability: float = 1.0
@@ -263,6 +266,7 @@ class ResNet(nn.Module):
     frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
+    shares_stem_activation: bool = True
 
     @property
     def num_units(self) -> int:
@@ -308,7 +312,7 @@ class ResNet(nn.Module):
         stages = zip(
             self.stage_sizes,
             self.features,
-            self._geometry(round(images.shape[1] / x.shape[1])),
+            self._geometry(stride_between(images, x)),
             gates_by_stage(gates, self.stage_sizes),
             strict=True,
         )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from resvariants.layers import stride_between
+
 
 def abstract_variables(model: nn.Module, image_shape: Sequence[int]):
     """The variables of `model` as `jax.ShapeDtypeStruct`s; `image_shape` is (height, width, c)."""
@@ -57,8 +59,9 @@ def feature_info(model: nn.Module, image_shape: Sequence[int]) -> dict[str, dict
     Returns:
       name -> `channels`, and `stride`, rows of the image for one of the map.
     """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return {
-        name: {"channels": maps.shape[-1], "stride": round(image_shape[0] / maps.shape[1])}
+        name: {"channels": maps.shape[-1], "stride": stride_between(images, maps)}
         for name, maps in _features(model, image_shape).items()
         if len(maps.shape) == 4
     }

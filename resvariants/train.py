@@ -173,7 +173,9 @@ def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int
     return optax.join_schedules([start, main], [warmup]), length
 
 
-def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    optimizer, learning_rate: optax.Schedule, *, frozen_norm: bool = False
+) -> optax.GradientTransformation:
     """Stochastic gradient descent with momentum, as Torch writes it.
 
     Weight decay joins the gradient before the momentum; the learning rate multiplies the velocity.
@@ -183,6 +185,7 @@ def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTr
     Args:
       optimizer: the `optimizer` part of a config (documented in `configs/default.py`).
       learning_rate: a function of the step.
+      frozen_norm: scales and biases of BatchNorm do not decay, whatever the config says.
 
     Raises:
       InputError: a pattern that is no regular expression, or a norm that is not positive.
@@ -201,7 +204,10 @@ def make_optimizer(optimizer, learning_rate: optax.Schedule) -> optax.GradientTr
     def decay_mask(params):
         # By path, not by rank: the scales of stacked BatchNorms have two dimensions.
         flat = traverse_util.flatten_dict(params, sep="/")
-        mask = {path: decayed.search(path) is not None for path in flat}
+        mask = {
+            path: decayed.search(path) is not None and not (frozen_norm and "norm" in path)
+            for path in flat
+        }
         return traverse_util.unflatten_dict(mask, sep="/")
 
     return optax.chain(

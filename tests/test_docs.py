@@ -17,9 +17,10 @@ PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in
 def test_snippets_run(page, tmp_path, monkeypatch):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     monkeypatch.chdir(tmp_path)
-    if "resnet20.safetensors" in page.read_text():
-        variables = random_variables(create_model("resnet20"), (32, 32, 3))
-        save_file(to_torch(variables), "resnet20.safetensors")
+    for name, file in (("resnet20", "resnet20"), ("resnet50_v1_5", "resnet50")):
+        if f"{file}.safetensors" in page.read_text():
+            variables = random_variables(create_model(name), (32, 32, 3))
+            save_file(to_torch(variables), f"{file}.safetensors")
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     with jax.numpy_rank_promotion("allow"):  # JAX's own default, for which users write
         exec(compile("\n".join(snippets), str(page), "exec"), {"__name__": page.stem})

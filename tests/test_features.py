@@ -1,22 +1,23 @@
 """Backbones: what their stages give, dilation in place of strides, BatchNorm left alone."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from test_resnet import check_tree, images, random_variables
 
 from resvariants import InputError, ResNet, Unit, create_model
-from resvariants.blocks import basic_branch, bottleneck_branch
+from resvariants.blocks import PLACEMENTS, basic_branch, bottleneck_branch, constant_scaling
 from resvariants.classic import VGG
 from resvariants.densenet import DenseNet
 from resvariants.layers import SHORTCUTS
 from resvariants.resnet import ImageNetStem
+from resvariants.resnext import aggregated_branch
 from resvariants.summary import abstract_variables, feature_info
-from resvariants.train import TrainState, eval_step, train_step
+from resvariants.train import TrainState, eval_step, make_optimizer, train_step
 
 INFO = {
     "resnet50": {"stem": (64, 4), "stage1": (256, 4), "stage2": (512, 8), "stage4": (2048, 32)},
@@ -36,17 +37,40 @@ def test_channels_and_strides_are_known_without_running(name):
     assert not info.keys() & {"pooled", "logits", "hidden1"}
 
 
-def small_backbone(branch, shortcut, **options):
-    unit = partial(Unit, branch=branch, shortcut=SHORTCUTS[shortcut])
-    widths = (8, 16, 32, 64)
+@pytest.mark.parametrize("size", [200, 225, 513])
+def test_strides_do_not_depend_on_what_is_left_at_the_edges(size):
+    info = feature_info(create_model("resnet18"), (size, size, 3))
+    assert [info[f"stage{i}"]["stride"] for i in (1, 2, 3, 4)] == [4, 8, 16, 32]
+    dilated = feature_info(create_model("resnet18", output_stride=8), (size, size, 3))
+    assert [dilated[f"stage{i}"]["stride"] for i in (1, 2, 3, 4)] == [4, 8, 8, 8]
+
+
+def small_backbone(branch=basic_branch, shortcut="A", widths=(8, 16, 32, 64), **attributes):
+    options = {key: attributes.pop(key) for key in ("output_stride",) if key in attributes}
+    unit = partial(Unit, branch=branch, shortcut=SHORTCUTS[shortcut], **attributes)
     return ResNet((2, 1, 3, 2), widths, 5, unit, stem=ImageNetStem, stem_features=8, **options)
 
 
-@pytest.mark.parametrize(("branch", "shortcut"), [(basic_branch, "A"), (bottleneck_branch, "B")])
+def aggregated(form):
+    return partial(aggregated_branch, cardinality=2, base_width=64, form=form)
+
+
+BACKBONES = {
+    "basic units": {},
+    "bottlenecks": {"branch": bottleneck_branch, "shortcut": "B"},
+    "stride in the 3x3": {"branch": partial(bottleneck_branch, strided_conv=2), "shortcut": "C"},
+    "equal widths": {"widths": (8, 8, 8, 8), "shortcut": "B"},
+    "pre-activation": {"placement": PLACEMENTS["full_preactivation"], "shortcut": "B"},
+    "paths side by side": {"branch": aggregated("a"), "shortcut": "B"},
+    "grouped": {"branch": aggregated("c"), "shortcut": "B"},
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_dilated_stages_hold_the_strided_ones(branch, shortcut, output_stride):
+def test_dilated_stages_hold_the_strided_ones(kind, output_stride):
     """Every second (or fourth) pixel of theirs is what strides would have given."""
-    plain = small_backbone(branch, shortcut)
+    plain = small_backbone(**BACKBONES[kind])
     dilated = plain.clone(output_stride=output_stride)
     variables = random_variables(plain, (64, 64, 3))
     assert abstract_variables(dilated, (64, 64, 3)) == abstract_variables(plain, (64, 64, 3))
@@ -64,7 +88,13 @@ def test_dilated_stages_hold_the_strided_ones(branch, shortcut, output_stride):
 
 def test_strides_that_a_network_cannot_have_are_refused():
     with pytest.raises(InputError, match="output_stride 6: this network can have 4, 8, 16, 32"):
-        abstract_variables(small_backbone(basic_branch, "A", output_stride=6), (64, 64, 3))
+        abstract_variables(small_backbone(output_stride=6), (64, 64, 3))
+
+
+@pytest.mark.parametrize("option", [{"shortcut": "A_average"}, {"weights": constant_scaling}])
+def test_shortcuts_that_cannot_be_dilated_are_refused(option):
+    with pytest.raises(InputError, match="cannot have dilation"):
+        abstract_variables(small_backbone(output_stride=8, **option), (64, 64, 3))
 
 
 FREEZABLE = {
@@ -81,7 +111,10 @@ def test_frozen_normalisation_is_left_alone_and_the_rest_trained(family):
     variables = random_variables(model, (8, 8, 3))
     params, stats = variables["params"], variables["batch_stats"]
     batch = {"image": images(4, 8, 8, 3), "label": jnp.arange(4), "mask": jnp.ones(4, bool)}
-    optimizer = optax.sgd(0.1, momentum=0.9)
+    settings = SimpleNamespace(
+        momentum=0.9, nesterov=False, weight_decay=0.1, weight_decay_parameters="", clip_norm=None
+    )
+    optimizer = make_optimizer(settings, lambda step: 0.1, frozen_norm=True)
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0))
     after, metrics = step(state, batch)

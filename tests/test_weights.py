@@ -1,5 +1,6 @@
 """PyTorch's weights as ours and back."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -138,6 +139,8 @@ def test_there_and_back_again_is_the_same_bits(name, monkeypatch):
         np.testing.assert_array_equal(array, tensors[tensor])
     headless = load_torch(name, tensors, num_classes=0)
     assert set(variables["params"]) - set(headless["params"]) == {"head"}
+    again = load_torch(name, to_torch(headless), num_classes=0)
+    jax.tree.map(np.testing.assert_array_equal, again, headless)
 
 
 def test_flattened_maps_are_read_channels_first():
@@ -214,6 +217,50 @@ def test_networks_that_no_library_has_are_refused():
         to_torch(variables, "timm")
 
 
+def test_auxiliary_classifiers_may_be_left_out():
+    shapes = abstract_variables(create_model("googlenet_torchvision"), (224, 224, 3))
+    tensors = to_torch(
+        jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    )
+    parts = set(load_torch("googlenet_torchvision", tensors, num_classes=0)["params"])
+    assert set(shapes["params"]) - parts == {"head", "auxiliary4a", "auxiliary4d"}
+    main = {name: array for name, array in tensors.items() if not name.startswith("aux")}
+    with pytest.raises(InputError, match=r"missing: aux1\.conv\.bn\.bias, "):
+        load_torch("googlenet_torchvision", main)
+    assert set(load_torch("googlenet_torchvision", main, auxiliary=False)["params"]) == {
+        *parts,
+        "head",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("resnet50", {}, "theirs is resnet50_v1_5"),
+        ("plain20", {}, "no PyTorch library that is known here has plain20"),
+        ("resnet21", {}, r"6n\+2"),
+        ("vgg16", {"image_shape": (224, 256, 3)}, "square images"),
+    ],
+)
+def test_other_networks_than_the_libraries_are_refused(name, options, says):
+    with pytest.raises(InputError, match=says):
+        load_torch(name, {}, **options)
+
+
+def test_checkpoints_may_hold_more_than_weights():
+    variables = random_variables(create_model("resnet20"), CIFAR)
+    tensors = {f"_orig_mod.{name}": array for name, array in to_torch(variables).items()}
+    loaded = load_torch("resnet20", {"epoch": 3, "state_dict": tensors | {"epoch": 3}})
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_parameters_alone_are_refused():
+    variables = random_variables(create_model("resnet20"), CIFAR)
+    for call in (to_torch, partial(transfer, variables), lambda v: transfer(v, variables)):
+        with pytest.raises(InputError, match="not the parameters alone"):
+            call(variables["params"])
+
+
 def test_transfer_takes_all_but_what_is_new():
     given, fresh = (
         random_variables(create_model("resnet20", num_classes=n), CIFAR, seed=n) for n in (10, 3)
@@ -248,6 +295,12 @@ def test_pytorchs_files_are_read_and_run_no_code(tmp_path):
     torch.save({"state_dict": partial(print, "run")}, tmp_path / "bad.pth")
     with pytest.raises(InputError, match="cannot be read as weights alone"):
         read_state_dict(tmp_path / "bad.pth")
+    arguments = argparse.Namespace(lr=0.1)
+    torch.save({"model": weights, "args": arguments}, tmp_path / "trained.pth")
+    assert list(read_state_dict(tmp_path / "trained.pth")) == ["conv1.weight"]
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(InputError, match="EOFError"):
+        read_state_dict(tmp_path / "empty.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="holds no state dict but a list"):
         read_state_dict(tmp_path / "list.pth")

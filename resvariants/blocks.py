@@ -63,7 +63,8 @@ class Placement(NamedTuple):
     merged: str = ""  # the addition
 
 
-# He et al. 2016, fig. 4 and table 2, (a) to (e).
+#: He et al. 2016, fig. 4 and table 2, (a) to (e): "original", "norm_after_addition",
+#: "relu_before_addition", "relu_only_preactivation" and "full_preactivation".
 PLACEMENTS = {
     "original": Placement(after="norm", merged="relu"),
     "norm_after_addition": Placement(merged="norm relu"),
@@ -123,6 +124,7 @@ def dropout_shortcut(x, features, strides, conv, gate, train, *, rate=0.5):
     return nn.Dropout(rate, deterministic=not train)(jnp.ones(shape, x.dtype)), 1.0
 
 
+#: "constant_scaling", "exclusive_gating", "shortcut_only_gating" and "dropout".
 WEIGHTS: dict[str, Callable[..., tuple]] = {
     "constant_scaling": constant_scaling,
     "exclusive_gating": exclusive_gating,
@@ -276,6 +278,9 @@ def highway_layer(features: int, *, transform_bias: float = -2.0, **attributes) 
     return Unit(features, branch=single_branch, **attributes)
 
 
+#: `Unit`: two 3x3 convolutions unless it has another branch.
 BasicUnit = Unit
+#: `Unit` of three convolutions, 1x1, 3x3, 1x1.
 BottleneckUnit = partial(Unit, branch=bottleneck_branch)
+#: `Unit` without a shortcut.
 PlainUnit = partial(Unit, merge=plain_merge)

@@ -30,7 +30,7 @@ class DenseLayer(nn.Module):
     """BN-ReLU-conv3x3(k), with a bottleneck BN-ReLU-conv1x1(4k)-BN-ReLU-conv3x3(k).
 
     Attributes:
-      growth_rate: k.
+      growth_rate: k, the channels that a layer adds.
       bottleneck: the 1x1 convolution's width in multiples of k; 0 is none.
       dropout: a factory of dropout modules, for after every convolution.
       memory_efficient: keep only what convolutions give, and do concatenation, BN and ReLU once

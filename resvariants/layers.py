@@ -400,6 +400,7 @@ def projection_shortcut(x, features, strides, conv, norm, *, always=False):
     return x if norm is None else norm(name="shortcut_norm")(x)
 
 
+#: "A" and "A_average" (`identity_shortcut`), "B" and "C" (`projection_shortcut`).
 SHORTCUTS: dict[str, Callable[..., jax.Array]] = {
     "A": identity_shortcut,
     "A_average": partial(identity_shortcut, average=True),

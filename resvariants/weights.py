@@ -489,7 +489,9 @@ def _check(shapes, tensors, says):
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    found = [f"  {what}: {', '.join(names)}" for what, names in complaints.items() if names]
+    found = [
+        f"  {len(names)} {what}: {', '.join(names)}" for what, names in complaints.items() if names
+    ]
     if found:
         raise InputError("\n".join([f"{says}:", *found]))
 

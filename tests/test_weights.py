@@ -202,9 +202,9 @@ def test_tensors_that_do_not_fit_are_all_named():
         load_torch("resnet20", tensors)
     assert str(caught.value).splitlines() == [
         "the state dict does not fit resnet20 as akamaster has it:",
-        "  missing: bn1.weight, layer2.0.conv1.weight",
-        "  surplus: layer4.0.conv1.weight",
-        "  misshapen: linear.bias (3,) instead of (10,)",
+        "  2 missing: bn1.weight, layer2.0.conv1.weight",
+        "  1 surplus: layer4.0.conv1.weight",
+        "  1 misshapen: linear.bias (3,) instead of (10,)",
     ]
 
 

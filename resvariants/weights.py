@@ -404,13 +404,13 @@ def load_torch(
     head = tensors.get(places["params", "head", "kernel"].name)
     if num_classes is None:
         num_classes = entry.num_classes if head is None else len(head)
-    heads = {place.name for place in places.values()}
+    whole = {place.name for place in places.values()}
     if num_classes != entry.num_classes:
         template, by_library = tables(num_classes)
         places = by_library[library]
     shapes = {place.name: place.shape for place in places.values()}
-    if num_classes == 0:
-        tensors = {n: t for n, t in tensors.items() if n in shapes or n not in heads}
+    if num_classes == 0:  # the weights' own heads are not surplus
+        tensors = {n: t for n, t in tensors.items() if n in shapes or n not in whole}
     _check(shapes, tensors, f"{where} does not fit {name} as {library} has it")
     arrays = traverse_util.flatten_dict(template)
     for path, place in places.items():

@@ -10,8 +10,9 @@ run: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 run: .venv
 	.venv/bin/python experiments/train.py --config=configs/digits.py:resnet20 --workdir=runs/digits
 
+# In as many processes as there are cores, up to four; the tests of a file share compiled functions.
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv
 	.venv/bin/python -m pytest -m slow

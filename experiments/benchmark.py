@@ -53,7 +53,12 @@ DEPTHS = (
     "preact_resnet1001",
     "resnet1202",
 )
-TORCHVISION = ("resnet50", "resnext50_32x4d", "densenet121")  # have the same names there
+# Here, and there: torchvision has the stride of its bottlenecks in the 3x3.
+TORCHVISION = {
+    "resnet50_v1_5": "resnet50",
+    "resnext50_32x4d": "resnext50_32x4d",
+    "densenet121": "densenet121",
+}
 CIFAR = (32, 32, 3)
 
 
@@ -469,7 +474,7 @@ def accelerator_section(rounds, full, dtype="float32", batch_size=None):
         peers = {"resnet110": partial(torch_resnet, 18), "resnet1202": partial(torch_resnet, 200)}
         net = peers.get(name)
         if name in TORCHVISION and importlib.util.find_spec("torchvision"):
-            net = partial(torchvision_net, name)
+            net = partial(torchvision_net, TORCHVISION[name])
         for compiled in (False, True) if TORCH and net else ():
             # Compiling 1202 layers takes PyTorch longer than a machine is to be had for.
             if not compiled or name != "resnet1202":

@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
     model.survival_draw = "batch"  # batch: for all its images; exact number; example: drop path
 
     dataset = config.dataset = ConfigDict()
-    # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist
+    # digits, cifar10, cifar100, svhn, svhn_extra, mnist, fashion_mnist; and streamed from disk,
+    # imagenet2012 as TFDS prepares it, and image_folder: data_dir/train/CLASS/*.jpg, data_dir/val
     dataset.name = "digits"
     dataset.data_dir = placeholder(str)  # where prepare.py wrote; None is TFDS's default
     dataset.validation_size = 0  # training images held out, chosen independently of the seed
@@ -35,6 +36,17 @@ def get_config() -> ConfigDict:
     dataset.normalisation = "per_pixel_mean"
     dataset.crop_padding = 0  # pad each side by so many zeros and crop at random; 0 is off
     dataset.flip = False  # mirror every other image, at random
+    dataset.color_jitter = 0.0  # brightness, contrast, saturation times 1 ± up to this, at random
+    dataset.lighting = 0.0  # standard deviation of noise along the principal colours
+    # Of streamed data sets: the side of the images that the network gets, and how they are cut in
+    # training: random_sized, 8 to 100 % of the area; scale_jitter, after resizing to a random
+    # shorter side.
+    dataset.image_size = 224
+    dataset.crop = "random_sized"
+    dataset.shorter_side = (256, 480)  # of scale_jitter
+    dataset.ten_crop = False  # evaluate corners, centre and mirror images, not the centre alone
+    dataset.workers = 2  # processes that read and decode; 0 is threads of this one
+    dataset.max_corrupt_images = 10  # so many images that cannot be read are skipped
 
     config.batch_size = 128  # of all devices together
     config.eval_batch_size = 512
@@ -61,7 +73,7 @@ def get_config() -> ConfigDict:
     config.label_smoothing = 0.0
     config.auxiliary_weight = 0.3  # of the losses of auxiliary classifiers (GoogLeNet)
 
-    config.parallel = "jit"  # jit over a mesh of all devices, or pmap
+    config.parallel = "jit"  # jit over a mesh of all devices, or pmap (within one process)
     config.sync_batch_norm = True  # statistics of the global batch, or of each device's share
 
     # A folder of compiled programs for later runs to take; safe to delete. None is no such thing.

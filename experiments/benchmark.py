@@ -329,7 +329,7 @@ def families_section(rounds, full):
 
 def input_section(rounds, full):
     """Sampling and augmenting a batch of 128 on the device, beside ResNet-20's step."""
-    from resvariants.data import TrainingBatches
+    from resvariants.data import Augmentation, TrainingBatches
     from resvariants.sources import Split
 
     rng = np.random.default_rng(0)
@@ -337,7 +337,7 @@ def input_section(rounds, full):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mean, scale = np.full((1, *CIFAR), 125, np.float32), np.full((1, 1, 1, 1), 60, np.float32)
     batches = TrainingBatches(
-        split, 128, 0, mean, scale, crop_padding=4, flip=True, sharding=here, replicated=here
+        split, 128, 0, mean, scale, Augmentation(4, True), sharding=here, replicated=here
     )
 
     def sample(steps):

@@ -1,19 +1,22 @@
 """What the programs here share: the path to `configs/`, and errors that say how to go on."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
 # Recipes import each other as `configs.NAME`, from wherever the program is started.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import default
-from resvariants.errors import InputError, nearest
-from resvariants.loop import TrainingDiverged
+from resvariants.errors import InputError, RunError, nearest
+from resvariants.interrupt import Interrupted
+from resvariants.parallel import is_main
 
 CONFIGS = Path(default.__file__).parent
 
@@ -21,22 +24,30 @@ CONFIGS = Path(default.__file__).parent
 def run(main: Callable[[], object]) -> None:
     """Calls `main()`, which reads the command line and works.
 
-    Exit status 2 for bad input, 1 for a diverged run, 130 after Ctrl-C, each with one message.
+    Exit status 2 for bad input, 1 for a run that cannot go on, 130 after Ctrl-C and 143 after
+    SIGTERM, each with one message.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every save, and warns when it only reads
     try:
         main()
     except InputError as error:
         leave(2, f"error: {error}")
-    except TrainingDiverged as error:
+    except RunError as error:
         leave(1, f"stopped: {error}")
+    except Interrupted as error:
+        leave(128 + error.signal, str(error))
     except KeyboardInterrupt:
         leave(130, "interrupted: the same command goes on from the last checkpoint")
 
 
 def leave(status: int, message: str) -> NoReturn:
-    """Ends the program with a message on stderr."""
-    print(message, file=sys.stderr)
+    """Ends the program with a message on stderr, from one process if there are several."""
+    if is_main() or status == 1:
+        print(message, file=sys.stderr)
+    if jax.distributed.is_initialized() and status == 1:
+        # The others are in the middle of a step; they would wait for this one, and it for them.
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -9,6 +9,8 @@ network is trained or goes on where it stopped; finished runs are compared as th
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from commandline import keys, run
 from study import (
@@ -93,18 +95,22 @@ def differences(networks: dict[str, list[Finished]]) -> list[str]:
     return ["", "Configurations differ in", "", *table(["key", *configs], rows)] if rows else []
 
 
+def compare(networks: dict[str, list[Finished]], out: Path, notes: Sequence[str] = ()) -> None:
+    """Writes `report.md`, with `notes` at its end, and `curves.png` to `out`."""
+    figure, ((axes,),) = new_figure()
+    plot_curves(axes, {name: [r.rows for r in runs] for name, runs in networks.items()})
+    save_figure(figure, out / "curves.png")
+    lines = ["# Comparison", "", budget(networks), "", *results_table(networks), ""]
+    lines += ["![learning curves](curves.png)", *differences(networks), *notes]
+    write_report(out / "report.md", lines)
+
+
 def main() -> None:
     """Reads the command line, trains what is missing, and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_training_arguments(parser, MISSION)
     args = parser.parse_args()
-    networks = chosen_networks(args)
-    figure, ((axes,),) = new_figure()
-    plot_curves(axes, {name: [r.rows for r in runs] for name, runs in networks.items()})
-    save_figure(figure, args.out / "curves.png")
-    lines = ["# Comparison", "", budget(networks), "", *results_table(networks), ""]
-    lines += ["![learning curves](curves.png)", *differences(networks)]
-    write_report(args.out / "report.md", lines)
+    compare(chosen_networks(args), args.out)
 
 
 if __name__ == "__main__":

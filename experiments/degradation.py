@@ -77,7 +77,7 @@ def study_deepening(found: Finished, deep_name: str, args: argparse.Namespace) -
     name, seed, schedule = found.config.model.name, found.config.seed, found.config.schedule
     last_rate = schedule.learning_rate * schedule.factor ** len(schedule.milestones)
     setup, model, variables = trained(found)
-    batches = batches_of(setup, "train", len(setup.splits["train"].labels), 512)
+    batches = batches_of(setup, "train", setup.splits["train"].size, 512)
     sizes = create_model(deep_name).stage_sizes
     images, key = batches[0]["image"], jax.random.key(seed)
     deeper, grown = deepen(model, variables, sizes, key, images)

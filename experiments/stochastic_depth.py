@@ -49,7 +49,7 @@ def first_gradients(found: Finished) -> dict[str, float]:
     """
     setup, model, _ = trained(found)
     function = analysis.make_layer_gradients(model)
-    whole = max(1, min(DRAWS, len(setup.splits["train"].labels) // 128))
+    whole = max(1, min(DRAWS, setup.splits["train"].size // 128))
     batches = batches_of(setup, "train", whole * 128, 128)
     sizes = {}
     for step, variables in variables_by_step(found, setup):

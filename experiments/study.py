@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from commandline import check_key, no_such_config
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
 from resvariants import InputError, loop
 from resvariants.checkpoint import Checkpoints
-from resvariants.data import evaluation_batches
 from resvariants.parallel import check_batch_size
-from resvariants.sources import Split
 from resvariants.train import TrainState
 from resvariants.workdir import Workdir, read_config, read_result
 
@@ -106,15 +106,8 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
     Raises:
       InputError: no such config, or no such key, or a value of another kind.
     """
-    where, *given = spec.split(",")
-    file, _, model = where.rpartition(":")
-    file = file or args.config
-    if not Path(file).is_file():
-        raise no_such_config(file)
-    try:
-        config = runpy.run_path(file)["get_config"](model)
-    except (KeyError, TypeError):
-        raise InputError(f"{file} is no recipe: it has no get_config(model)") from None
+    _, _, config = base_recipe(spec, args.config)
+    given = spec.split(",")[1:]
     values = dict(change.partition("=")[::2] for change in (*args.set, *given))
     values = {key: _literal(value) for key, value in values.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -135,11 +128,69 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
     return config
 
 
+def base_recipe(spec: str, config_file: str) -> tuple[str, str, ConfigDict]:
+    """Of `[CONFIG:]MODEL[,KEY=VALUE ...]` the config file, the model, and the file's recipe for it.
+
+    Raises:
+      InputError: no such file, or one without recipes.
+    """
+    file, _, model = spec.partition(",")[0].rpartition(":")
+    file = file or config_file
+    if not Path(file).is_file():
+        raise no_such_config(file)
+    try:
+        return file, model, runpy.run_path(file)["get_config"](model)
+    except (KeyError, TypeError):
+        raise InputError(f"{file} is no recipe: it has no get_config(model)") from None
+
+
 def _literal(text):
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
+
+
+class Job(NamedTuple):
+    """A run to train: network, seed, workdir, config, and whether it is finished."""
+
+    spec: str
+    seed: int
+    path: Path
+    config: ConfigDict
+    finished: bool
+
+
+def jobs(
+    specs: Sequence[str],
+    args: argparse.Namespace,
+    check: Callable[[Any], object] = lambda model: None,
+    **changes: Any,
+) -> list[Job]:
+    """Each network with each seed, in `--out`/SPEC/seedN. Every recipe is checked, nothing trained.
+
+    Args:
+      check: raises InputError for networks that do not fit the study.
+      specs, changes: see `recipe`.
+
+    Raises:
+      InputError: a config that cannot be trained, or a workdir of another config.
+    """
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise InputError(f"--seeds {args.seeds}: they must differ, and be 0 or more")
+    if len(set(specs)) < len(specs):
+        raise InputError(f"networks {', '.join(specs)}: each can be there once")
+    found = []
+    for spec in specs:
+        for seed in args.seeds:
+            config = recipe(spec, args, seed, **changes)
+            path = args.out / spec.replace("/", "_") / f"seed{seed}"
+            finished = Workdir(path, config).result is not None
+            if seed == args.seeds[0] and not finished:
+                check_batch_size(config.batch_size)
+                check(loop.set_up(config).model)
+            found.append(Job(spec, seed, path, config, finished))
+    return found
 
 
 def train_networks(
@@ -148,46 +199,28 @@ def train_networks(
     check: Callable[[Any], object] = lambda model: None,
     **changes: Any,
 ) -> dict[str, list[Finished]]:
-    """Trains each network with each seed, in `--out`/SPEC/seedN, unless it is trained already.
-
-    Every recipe is checked before anything is trained.
-
-    Args:
-      check: raises InputError for networks that do not fit the study.
-      specs, changes: see `recipe`.
+    """Trains the `jobs` that are not finished, one after the other.
 
     Returns:
       The runs of each spec, in the order of `args.seeds`.
 
     Raises:
-      InputError: a config that cannot be trained, or a workdir of another config.
+      InputError: as `jobs`.
       TrainingDiverged: with the network's name.
     """
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise InputError(f"--seeds {args.seeds}: they must differ, and be 0 or more")
-    if len(set(specs)) < len(specs):
-        raise InputError(f"networks {', '.join(specs)}: each can be there once")
-    jobs = {}
-    for spec in specs:
-        for seed in args.seeds:
-            config = recipe(spec, args, seed, **changes)
-            path = args.out / spec.replace("/", "_") / f"seed{seed}"
-            jobs[spec, seed] = path, config
-            finished = Workdir(path, config).result is not None
-            if seed == args.seeds[0] and not finished:
-                check_batch_size(config.batch_size)
-                check(loop.set_up(config).model)
-    for number, ((spec, seed), (path, config)) in enumerate(jobs.items(), 1):
-        if Workdir(path, config).result is None:
-            print(f"{spec}, seed {seed} ({number} of {len(jobs)}):", flush=True)
+    wanted = jobs(specs, args, check, **changes)
+    for number, job in enumerate(wanted, 1):
+        if not job.finished:
+            print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
             try:
-                loop.train(config, path)
+                loop.train(job.config, job.path)
             except loop.TrainingDiverged as error:
                 raise loop.TrainingDiverged(
-                    f"{spec}, seed {seed}: {error}. Leave it out, or change its recipe with --set"
+                    f"{job.spec}, seed {job.seed}: {error}. Leave it out, or change its recipe with"
+                    " --set"
                 ) from None
             jax.clear_caches()
-    return {spec: [read_run(jobs[spec, seed][0]) for seed in args.seeds] for spec in specs}
+    return {spec: [read_run(job.path) for job in wanted if job.spec == spec] for spec in specs}
 
 
 def chosen_networks(
@@ -226,8 +259,7 @@ def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, A
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
         for step in checkpoints.steps:
-            state, _ = checkpoints.restore(shapes, setup.parallel.replicated, step)
-            yield step, on_one_device(setup, state)[1]
+            yield step, on_one_device(setup, checkpoints.restore(shapes, step).state)[1]
 
 
 class Loaded(NamedTuple):
@@ -255,7 +287,7 @@ def load_run(
     """
     run = read_run(Path(workdir))
     setup, model, variables = trained(run, data_dir)
-    images = min(images, len(setup.splits["test"].labels))
+    images = min(images, setup.splits["test"].size)
     batches = batches_of(setup, "test", images, batch_size or run.config.eval_batch_size)
     model_name, data_set = run.result["model"], run.result["dataset"]
     name = f"{workdir}: {model_name} on {data_set}"
@@ -268,9 +300,10 @@ def load_run(
 
 def batches_of(setup: loop.Setup, split: str, images: int, batch_size: int) -> list:
     """The first `images` images of a split, in evaluation batches on one device."""
-    part = Split(*(array[:images] for array in setup.splits[split]))
-    size = min(batch_size, len(part.labels))
-    return list(evaluation_batches(part, size, setup.mean, setup.scale, jax.devices()[0]))
+    part = setup.splits[split].take(np.arange(images))
+    here = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), PartitionSpec("batch"))
+    batches = setup.evaluation_batches(part, min(batch_size, images), sharding=here)
+    return [batch for batch, _ in batches]
 
 
 class Remembered:

@@ -2,18 +2,30 @@
 
 python experiments/train.py --config=configs/cifar10.py:resnet110 --workdir=runs/r110 \
     [--config.KEY=VALUE ...]
+
+The same command in every process makes one run of several: under SLURM (srun), Open MPI (mpirun)
+and in an indexed Kubernetes job by itself, elsewhere with --coordinator, --processes and --process.
 """
 
 from absl import flags
 from commandline import run_with_config
 from ml_collections import config_flags
 
-from resvariants import loop
+from resvariants import loop, parallel
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/FILE.py:MODEL")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, new or to be continued.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes make this run.")
+PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def main() -> None:
+    """Joins the run's other processes, if there are any, and trains."""
+    parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    loop.train(CONFIG.value, WORKDIR.value)
+
+
 if __name__ == "__main__":
-    run_with_config(lambda: loop.train(CONFIG.value, WORKDIR.value))
+    run_with_config(main)

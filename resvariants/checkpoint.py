@@ -1,20 +1,41 @@
-"""State on disk: nested dicts of arrays through Orbax, with their layout and counters as JSON."""
+"""State on disk: nested dicts of arrays through Orbax, with layout, checksums and counters as JSON.
 
+One process writes and reads, whatever other processes there are: the state is the same in all.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
-from resvariants.errors import InputError
+from resvariants.errors import InputError, RunError
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` finds: a state of NumPy arrays, its counters, and its step."""
+
+    state: Any
+    counters: dict[str, Any]
+    step: int
 
 
 def layout(tree) -> dict[str, list]:
     """Path -> [shape, dtype] of every array in a tree of nested dicts."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat.items()}
+
+
+def _checksums(tree):
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return {path: zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in flat.items()}
 
 
 class Checkpoints:
@@ -27,13 +48,27 @@ class Checkpoints:
           InputError: there is nothing to read.
         """
         self.directory = directory.absolute()
-        if keep is None:
-            if not self.directory.is_dir():
-                raise InputError(f"no checkpoint in {self.directory}")
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        if keep is None and not self.directory.is_dir():
+            raise InputError(f"no checkpoint in {self.directory}")
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process{jax.process_index()}",
+        )
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=keep is None,
+            cleanup_tmp_directories=keep is not None,
+            # Orbax cannot make folders for some of the processes; `_open` does.
+            create=False,
+            multiprocessing_options=alone,
+        )
+        self._open()
+
+    def _open(self):
+        if not self._options.read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
 
     @property
     def latest_step(self) -> int | None:
@@ -45,40 +80,82 @@ class Checkpoints:
         """The steps of all complete states, in their order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, counters: dict[str, float]) -> None:
-        """Starts saving `state`; returns before it is on disk."""
-        # A copy: the training step that comes next reuses the state's own buffers.
-        tree = serialization.to_state_dict(jax.tree.map(jnp.copy, state))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree),
-                meta=ocp.args.JsonSave({"layout": layout(tree), "counters": counters}),
-            ),
-        )
+    def save(self, step: int, state: Any, counters: dict[str, Any]) -> None:
+        """Starts saving `state`, host arrays that nobody changes any more.
 
-    def restore(
-        self, state: Any, sharding, step: int | None = None
-    ) -> tuple[Any, dict[str, float]]:
-        """The newest state, or that of `step`, shaped like `state` (arrays or shapes).
-
-        Returns:
-          The state and its counters.
+        Returns before it is on disk; but not before the state before it is.
 
         Raises:
-          InputError: no checkpoint, one of another model, or one that cannot be read.
+          RunError: this state or the one before cannot be written.
+        """
+        tree = serialization.to_state_dict(state)
+        meta = json.dumps(
+            {"layout": layout(tree), "checksums": _checksums(tree), "counters": counters}
+        )
+        with _writing(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    # As text beside its checksum: a damaged number is still JSON.
+                    meta=ocp.args.JsonSave({"text": meta, "checksum": zlib.crc32(meta.encode())}),
+                ),
+            )
+
+    def restore(self, state: Any, step: int | None = None) -> Restored:
+        """The newest state, or that of `step`, shaped like `state` (arrays or shapes).
+
+        Raises:
+          InputError: no checkpoint, one of another model, or one that is damaged.
         """
         step = self.latest_step if step is None else step
         if step is None:
             raise InputError(f"no checkpoint in {self.directory}")
+        try:
+            return self._read(state, step)
+        except _Unreadable as error:
+            raise InputError(f"{error}. Delete that folder to use the one before it.") from error
+
+    def restore_newest(self, state: Any, say: Callable[[str], object]) -> Restored | None:
+        """The newest state that can be read, or None if none was ever saved.
+
+        Newer ones are named by `say` and moved out of the way, to `corrupt` beside `directory`.
+
+        Raises:
+          InputError: there are states, but none can be read, or they are of another model.
+        """
+        damaged = {}
+        for step in reversed(self.steps):
+            try:
+                restored = self._read(state, step)
+            except _Unreadable as error:
+                damaged[step] = str(error)
+                continue
+            for bad, message in damaged.items():
+                aside = self.directory.with_name("corrupt") / str(bad)
+                say(f"{message}. Going on from step {step}; it is now {aside}")
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self.directory / str(bad), aside)
+            if damaged:  # or Orbax would not save those steps again
+                self._manager.close()
+                self._open()
+            return restored
+        if damaged:
+            raise InputError(". ".join(damaged.values()) + ". Start anew in another workdir.")
+        return None
+
+    def _read(self, state, step):
         where = f"checkpoint {self.directory / str(step)}"
         wanted = serialization.to_state_dict(state)
-        try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            found = meta["meta"]["layout"]
-        except Exception as error:
-            raise InputError(_unreadable(where, error)) from error
-        expected = layout(wanted)
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+        with _reading(where):
+            item = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            text = item["meta"]["text"]
+            if zlib.crc32(text.encode()) != item["meta"]["checksum"]:
+                raise ValueError("the checksum of its description differs")
+            description = json.loads(text)
+        expected, found = layout(empty), description["layout"]
         differing = sorted(
             (p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)),
             key=lambda path: (not path.startswith("params"), path),
@@ -93,26 +170,55 @@ class Checkpoints:
                 + "\n".join(lines)
                 + "\nUse the configuration that it was trained with."
             )
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted
-        )
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )["state"]
-        except Exception as error:
-            raise InputError(_unreadable(where, error)) from error
-        return serialization.from_state_dict(state, restored), meta["meta"]["counters"]
+        with _reading(where):
+            item = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(empty))
+            )
+            checksums = _checksums(item["state"])
+            for path, checksum in description["checksums"].items():
+                if checksums[path] != checksum:
+                    raise ValueError(f"the checksum of {path} differs")
+        restored = serialization.from_state_dict(state, item["state"])
+        return Restored(restored, description["counters"], step)
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with _writing(self.directory):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
-def _unreadable(where, error):
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"{where} cannot be read ({type(error).__name__}: {first_line[:200]}). Delete that folder"
-        " to go on from the one before it."
-    )
+@contextmanager
+def _writing(directory):
+    # Whatever Orbax and TensorStore raise while they write, in our words.
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"a checkpoint in {directory} cannot be written ({_first_line(error)}). Is the disk"
+            " full? Make room, and the same command goes on from the one before"
+        ) from error
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+
+
+class _Unreadable(Exception):
+    pass
+
+
+@contextmanager
+def _reading(where):
+    try:
+        yield
+    except Exception as error:
+        raise _Unreadable(f"{where} cannot be read ({_first_line(error)})") from error

@@ -14,6 +14,13 @@ class InputError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; the message says why, and how it may. What it has saved stays.
+
+    The programs in `experiments/` print it without a traceback and leave with exit status 1.
+    """
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A comma-separated list of the `known` names most like `name`, best first."""
     return ", ".join(difflib.get_close_matches(name, sorted(known), count, cutoff=0.0))

@@ -2,15 +2,17 @@
 
 A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`, `report.md` and, once
 finished, `result.json`. A run killed at any moment goes on from its last checkpoint to the same
-parameters, bit for bit, that it would have had.
+parameters, bit for bit, that it would have had; one that is asked to stop saves first. Of several
+processes, all run this program, and process 0 writes.
 """
 
 import importlib.metadata
 import math
 import platform
+import signal
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -26,9 +28,27 @@ from ml_collections import ConfigDict
 
 from resvariants import sources, zoo
 from resvariants.checkpoint import Checkpoints
-from resvariants.data import TrainingBatches, evaluation_batches, normalisation, split_validation
-from resvariants.errors import InputError, choose
-from resvariants.parallel import Parallel, check_batch_size, compiler_options, make_parallel
+from resvariants.data import (
+    Augmentation,
+    TrainingBatches,
+    evaluation_batches,
+    normalisation,
+    split_validation,
+)
+from resvariants.errors import InputError, RunError, choose
+from resvariants.interrupt import Interrupted, Interrupts
+from resvariants.parallel import (
+    Parallel,
+    agreed,
+    check_batch_size,
+    compiler_options,
+    from_main,
+    is_main,
+    make_parallel,
+    on_main,
+    spread,
+    to_host,
+)
 from resvariants.report import Reporter, print_table, result_table
 from resvariants.resnet import ResNet
 from resvariants.summary import abstract_variables, count_parameters
@@ -71,6 +91,7 @@ LIMITS = (
             "checkpoint_every_epochs",
             "keep_checkpoints",
             "schedule.factor",
+            "dataset.image_size",
         ),
     ),
     (
@@ -79,6 +100,9 @@ LIMITS = (
         (
             "model.unroll",
             "dataset.crop_padding",
+            "dataset.lighting",
+            "dataset.workers",
+            "dataset.max_corrupt_images",
             "optimizer.weight_decay",
             "auxiliary_weight",
             "schedule.learning_rate",
@@ -88,28 +112,37 @@ LIMITS = (
     (
         "at least 0 and below 1",
         lambda x: 0 <= x < 1,
-        ("label_smoothing", "model.dropout_rate", "optimizer.momentum"),
+        ("label_smoothing", "model.dropout_rate", "optimizer.momentum", "dataset.color_jitter"),
     ),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
 )
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunError):
     """The loss or the gradient is not finite any more."""
 
 
 class Setup(NamedTuple):
-    """What a config stands for, ready to train or to evaluate."""
+    """What a config stands for, ready to train or to evaluate.
+
+    Attributes:
+      splits: "train", "test" and perhaps "validation".
+      training_batches: has `iterate(start, stop)`, which gives the batch of every step from `start`
+        on and the indices of images in it that cannot be read, or None if there can be none.
+      evaluation_batches: `(split, batch_size, sharding)` -> the same of every image once.
+      new_state: an untrained state.
+    """
 
     model: nn.Module
-    splits: dict[str, sources.Split]
-    mean: np.ndarray
-    scale: np.ndarray
+    splits: dict[str, sources.Split | sources.Stream]
+    image_shape: tuple[int, int, int]
     parallel: Parallel
     schedule: optax.Schedule
     total_steps: int
     steps_per_epoch: float
     optimizer: optax.GradientTransformation
+    training_batches: Callable[[], Any]
+    evaluation_batches: Callable[[Any, int, Any], Iterator[tuple[dict[str, jax.Array], Any]]]
     new_state: Callable[[], TrainState]
 
 
@@ -119,13 +152,18 @@ def set_up(config: ConfigDict) -> Setup:
     Raises:
       InputError: anything in the config that cannot be.
     """
+    return agreed(partial(_set_up, config))
+
+
+def _set_up(config):
     for words, allowed, keys in LIMITS:
         for key in keys:
             value = _value(config, key)
             if value is not None and not allowed(value):
                 raise InputError(f"{key} is {value}; it must be {words}")
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
-    data_set = sources.find(config.dataset.name)
+    dataset = config.dataset
+    data_set = sources.find(dataset.name, dataset.data_dir, dataset.image_size)
     options = {key: _value(config, f"model.{key}") for key in OPTIONS}
     # Only what differs from the networks' own defaults: not every network has every option.
     chosen = {key: value for key, value in options.items() if value != OPTIONS[key]}
@@ -141,23 +179,51 @@ def set_up(config: ConfigDict) -> Setup:
     # Raises whatever the model has against its options.
     abstract_variables(model, data_set.image_shape)
 
-    source = sources.load(config.dataset.name, config.dataset.data_dir)
-    training, validation = split_validation(source.train, config.dataset.validation_size)
+    source = sources.load(dataset.name, dataset.data_dir)
+    training, validation = split_validation(source.train, dataset.validation_size)
     splits = {"train": training, "test": source.test}
     if validation is not None:
         splits["validation"] = validation
-    steps_per_epoch = len(training.labels) / config.batch_size
+    steps_per_epoch = training.size / config.batch_size
     schedule, total_steps = make_schedule(config.schedule, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, frozen_norm=config.model.frozen_norm)
+    channels = data_set.image_shape[-1]
+    augmentation = Augmentation(*(dataset[key] for key in Augmentation._fields))
+    augmentation.check(channels)
+    mean, scale = normalisation(dataset.normalisation, training, channels)
+    shape = {"mean": mean, "scale": scale}
+    layout = {"sharding": parallel.batch_sharding, "replicated": parallel.replicated}
+    if data_set.streamed:
+        # Not for everybody who trains on digits: Pillow, Grain and their processes.
+        from resvariants import stream
+
+        side = data_set.image_shape[0]
+        crop = stream.training_crop(dataset.crop, dataset.shorter_side, side)
+        batches = partial(
+            stream.StreamedBatches, image_size=side, crop=crop, workers=dataset.workers
+        )
+        evaluation = partial(
+            stream.streamed_evaluation_batches, **shape, image_size=side, tenfold=dataset.ten_crop
+        )
+    else:
+        if dataset.ten_crop:
+            raise InputError("dataset.ten_crop is for streamed data sets, whose images are larger")
+        batches = TrainingBatches
+        evaluation = partial(evaluation_batches, **shape)
+    training_batches = partial(
+        batches, training, config.batch_size, config.seed, mean, scale, augmentation, **layout
+    )
     return Setup(
         model,
         splits,
-        *normalisation(config.dataset.normalisation, training.images),
+        data_set.image_shape,
         parallel,
         schedule,
         total_steps,
         steps_per_epoch,
         optimizer,
+        training_batches,
+        evaluation,
         partial(create_state, model, optimizer, config.seed, data_set.image_shape),
     )
 
@@ -172,28 +238,49 @@ def _value(config, key):
         ) from None
 
 
-def make_evaluator(setup: Setup, batch_size: int) -> Callable[[TrainState, str], dict[str, float]]:
+class _StoppedEarly(Exception):
+    pass
+
+
+def make_evaluator(
+    setup: Setup, batch_size: int, corrupt: Any = None, stopping: Callable[[], bool] = lambda: False
+) -> Callable[[TrainState, str], dict[str, float]]:
     """A function `(state, split) -> {loss, error, images, seconds}`, exact over the whole split.
 
     `loss` is the mean cross-entropy, `error` in per cent. Batches have the next size that the
-    devices can share.
+    devices can share. Images that cannot be read do not count.
+
+    Args:
+      corrupt: `stream.Corrupt`, which hears of those.
+      stopping: asked at every batch; once it is true, the evaluation raises.
     """
     batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
-    step = jax.jit(partial(eval_step, model=setup.model), compiler_options=compiler_options())
+    replicated = setup.parallel.replicated
+    step = jax.jit(
+        partial(eval_step, model=setup.model),
+        out_shardings=replicated,
+        compiler_options=compiler_options(),
+    )
 
     def evaluate(state, split):
         start = time.perf_counter()
-        state = jax.device_put(state, setup.parallel.replicated)
-        sums = [
-            step(state.params, state.batch_stats, batch)
-            for batch in evaluation_batches(
-                setup.splits[split],
-                batch_size,
-                setup.mean,
-                setup.scale,
-                setup.parallel.batch_sharding,
-            )
-        ]
+        if jax.process_count() == 1:  # or it lies on all devices already
+            state = spread(state, replicated)
+        sums, unreadable = [], []
+        batches = setup.evaluation_batches(
+            setup.splits[split], batch_size, sharding=setup.parallel.batch_sharding
+        )
+        with closing(batches):
+            for batch, indices in batches:
+                if stopping():
+                    raise _StoppedEarly
+                sums.append(step(state.params, state.batch_stats, batch))
+                unreadable.append(indices)
+                if len(sums) > 3:  # or all batches would wait in the device's memory
+                    jax.block_until_ready(sums[-3])
+        if corrupt is not None:
+            for indices in (x for x in unreadable if x is not None):
+                corrupt.note(setup.splits[split], np.asarray(indices))
         total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
         return {
             "loss": total["loss"] / total["count"],
@@ -220,25 +307,46 @@ class Log:
         setup: Setup,
         config: ConfigDict,
         start: int,
-        train_seconds: float,
+        counters: dict[str, Any],
     ):
-        """Rows after step `start` are shown by `reporter` and appended to `metrics.jsonl`."""
+        """Rows after step `start` are shown by `reporter` and appended to `metrics.jsonl`.
+
+        `counters` is what an earlier `counters()` gave, or empty.
+        """
         self._workdir, self._reporter = workdir, reporter
         self._setup, self._batch_size = setup, config.batch_size
         self._every = config.log_every_steps
         self._writer = None
-        if config.tensorboard:
+        if config.tensorboard and is_main():
             # Points of steps that are about to be trained again are dropped.
             folder = str(workdir.path / "tensorboard")
             self._writer = summary_writer()(folder, purge_step=start + 1)
         self.rows = workdir.read_rows()
-        self.train_seconds = train_seconds
-        self._sums: list[dict] = []
+        self.train_seconds = counters.get("train_seconds", 0.0)
+        self._sums: list[dict] = counters.get("sums", [])
+        self._seconds = counters.get("seconds", 0.0)
+        self._waited = counters.get("waited", 0.0)
         self.restart_clock()
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint must keep for the rows to go on as if nothing had happened."""
+        seconds = self._seconds
+        if self._sums:
+            seconds += time.perf_counter() - self._clock
+        return {
+            "train_seconds": self.train_seconds,
+            "sums": list(self._sums),
+            "seconds": seconds,
+            "waited": self._waited,
+        }
 
     def restart_clock(self) -> None:
         """Time until now was not training."""
         self._clock = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """So long the device may have had nothing to do: the next batch was not there yet."""
+        self._waited += seconds
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of step number `step` (from 1), waiting for them if need be.
@@ -270,12 +378,13 @@ class Log:
         """Writes a row with the means over the steps since the last one, if there are any."""
         if not self._sums:
             return
-        seconds = time.perf_counter() - self._clock
+        seconds = self._seconds + time.perf_counter() - self._clock
         self.train_seconds += seconds
         mean = {key: float(np.mean([s[key] for s in self._sums])) for key in self._sums[0]}
         mean["error"] *= 100
+        mean["data_wait"] = self._waited / seconds
         self.write(step, "train", mean, self._batch_size * len(self._sums) / seconds)
-        self._sums = []
+        self._sums, self._seconds, self._waited = [], 0.0, 0.0
         self.restart_clock()
 
     def write(self, step: int, split: str, metrics: dict[str, float], speed: float) -> None:
@@ -330,12 +439,15 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
     Raises:
       InputError: something in the config, the data or the workdir is wrong; nothing was written.
-      TrainingDiverged: the loss is not finite any more.
+      RunError: the run cannot go on: TrainingDiverged if the loss is not finite any more, or the
+        disk is full, or too many images cannot be read.
+      Interrupted: SIGTERM or SIGINT asked it to stop; what it had is saved.
     """
     workdir = Workdir(Path(path), config)
     if workdir.result is not None:
-        print(f"{path} is finished; its result:")
-        print_table(result_table(workdir.result))
+        if is_main():
+            print(f"{path} is finished; its result:")
+            print_table(result_table(workdir.result))
         return workdir.result
 
     if config.tensorboard:
@@ -345,21 +457,29 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
         # For the rest of this process.
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         reset_cache()  # or JAX goes on with what it found when it compiled first
-    setup = set_up(config)
-    if variables is not None:
-        setup = setup._replace(new_state=partial(_state_from, setup, variables))
+    with Interrupts() as stopping:
+        setup = set_up(config)
+        if variables is not None:
+            setup = setup._replace(new_state=partial(_state_from, setup, variables))
+        batches = agreed(setup.training_batches)
+        shapes = jax.eval_shape(setup.new_state)
+        clock = time.perf_counter()
+        compiled = _compile(config, setup, shapes)
+        compile_seconds = time.perf_counter() - clock
+        # Only now, when nothing about the config can be wrong any more, anything is written.
+        with workdir.writing():
+            given = variables is not None
+            run = _Run(config, setup, shapes, workdir, batches, compiled, given, stopping)
+            log = run(compile_seconds)
+            result = _result(config, setup, shapes, log, compile_seconds)
+            workdir.finish(result, log.rows)
+    if is_main():
+        print_table(result_table(result))
+    return result
+
+
+def _compile(config, setup, shapes):
     parallel = setup.parallel
-    batches = TrainingBatches(
-        setup.splits["train"],
-        config.batch_size,
-        config.seed,
-        setup.mean,
-        setup.scale,
-        crop_padding=config.dataset.crop_padding,
-        flip=config.dataset.flip,
-        sharding=parallel.batch_sharding,
-        replicated=parallel.replicated,
-    )
     step = partial(
         train_step,
         model=setup.model,
@@ -368,19 +488,13 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
         label_smoothing=config.label_smoothing,
         auxiliary_weight=config.auxiliary_weight,
     )
-    shapes = jax.eval_shape(setup.new_state)
-    replicated = jax.eval_shape(parallel.replicate, shapes)
-    clock = time.perf_counter()
-    compiled = parallel.compile(step).lower(replicated, parallel.split(batches[0])).compile()
-    compile_seconds = time.perf_counter() - clock
-    # Only now, when nothing about the config can be wrong any more, anything is written.
-    with workdir.writing():
-        given = variables is not None
-        log = _run(config, setup, shapes, workdir, batches, compiled, compile_seconds, given)
-        result = _result(config, setup, shapes, log, compile_seconds)
-        workdir.finish(result, log.rows)
-    print_table(result_table(result))
-    return result
+    zeros = {
+        "image": np.zeros((config.batch_size, *setup.image_shape), np.float32),
+        "label": np.zeros(config.batch_size, np.int32),
+    }
+    batch = parallel.split(spread(zeros, parallel.batch_sharding))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return parallel.compile(step).lower(parallel.replicate(state), batch).compile()
 
 
 def _state_from(setup, variables):
@@ -392,59 +506,146 @@ def _state_from(setup, variables):
     return given
 
 
-def _run(config, setup, shapes, workdir, batches, compiled, compile_seconds, given):
-    # Trains from the last checkpoint to the end; returns the log.
-    parallel, total = setup.parallel, setup.total_steps
-    evaluate = make_evaluator(setup, config.eval_batch_size)
-    eval_every, save_every = (
-        max(1, round(epochs * setup.steps_per_epoch))
-        for epochs in (config.eval_every_epochs, config.checkpoint_every_epochs)
-    )
-    with (
-        closing(Checkpoints(workdir.checkpoints, config.keep_checkpoints)) as checkpoints,
-        Reporter(total) as reporter,
-    ):
-        start, train_seconds = checkpoints.latest_step or 0, 0.0
-        if checkpoints.latest_step is not None:
-            state, counters = checkpoints.restore(shapes, parallel.replicated)
-            train_seconds = counters["train_seconds"]
-        else:
-            state = setup.new_state()
-            if given:  # the config does not know them: whoever goes on must find them here
-                checkpoints.save(0, state, {"train_seconds": 0.0})
-        workdir.keep_rows(start)
-        state = parallel.replicate(state)
-        reporter.line(
-            f"{config.model.name}: {count_parameters(shapes.params):,} parameters,"
-            f" {describe_devices()}, train step compiled in {compile_seconds:.1f} s"
-            + (f", resumed at step {start}" if start else "")
+class _Run:
+    # Trains from the last checkpoint to the end. What process 0 reads, all hear.
+
+    def __init__(self, config, setup, shapes, workdir, batches, compiled, given, stopping):
+        self.config, self.setup, self.shapes, self.workdir = config, setup, shapes, workdir
+        self.batches, self.compiled, self.given, self.stopping = batches, compiled, given, stopping
+        self.eval_every, self.save_every = (
+            max(1, round(epochs * setup.steps_per_epoch))
+            for epochs in (config.eval_every_epochs, config.checkpoint_every_epochs)
         )
 
-        with closing(Log(workdir, reporter, setup, config, start, train_seconds)) as log:
-            pending = None
+    def __call__(self, compile_seconds):
+        config, parallel, total = self.config, self.setup.parallel, self.setup.total_steps
+        with ExitStack() as stack:
+            self.checkpoints = None
+            if is_main():
+                self.checkpoints = stack.enter_context(
+                    closing(Checkpoints(self.workdir.checkpoints, config.keep_checkpoints))
+                )
+            reporter = stack.enter_context(Reporter(total, quiet=not is_main()))
+            state, start, counters = self.resume(reporter)
+            self.saved = start if counters is not None else None
+            counters = counters or {}
+            reporter.line(
+                f"{config.model.name}: {count_parameters(self.shapes.params):,} parameters,"
+                f" {describe_devices()}, train step compiled in {compile_seconds:.1f} s"
+                + (f", resumed at step {start}" if start else "")
+            )
+            self.corrupt = _corrupt(config, reporter.line, counters.get("corrupt", ()))
+            self.evaluate = make_evaluator(
+                self.setup, config.eval_batch_size, self.corrupt, self.stopping
+            )
+            self.log = stack.enter_context(
+                closing(Log(self.workdir, reporter, self.setup, config, start, counters))
+            )
+            if self.saved is None and self.given:
+                self.save(0, state)  # the config does not know them: who goes on finds them here
+            state = parallel.replicate(state)
+            if start and self.due(start, self.eval_every):
+                self.evaluate_missing(start, state)
+            self.steps(start, state)
+        return self.log
+
+    def resume(self, reporter):
+        # The state to go on from, its step and its counters (None: it is not on disk).
+        held = {}
+
+        def read():
+            found = self.checkpoints.restore_newest(self.shapes, reporter.line)
+            held["found"] = found
+            return found and [found.step, found.counters]
+
+        found = on_main(read)
+        step, counters = found or (0, None)
+        self.workdir.keep_rows(step)
+        if found is None:
+            return to_host(self.setup.new_state()), step, counters
+        if is_main():
+            state = held["found"].state
+        else:
+            state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
+        return from_main(state), step, counters
+
+    def steps(self, start, state):
+        total, log, parallel = self.setup.total_steps, self.log, self.setup.parallel
+        pending = None
+        stream = self.batches.iterate(start, total)
+        with closing(stream):
             for step in range(start + 1, total + 1):
-                state, metrics = compiled(state, parallel.split(batches[step - 1]))
+                if self.stopping():
+                    if pending:
+                        self.settle(*pending)
+                    self.stop(step - 1, state)
+                clock = time.perf_counter()
+                batch, corrupt = next(stream)
+                log.waited(time.perf_counter() - clock)
+                state, metrics = self.compiled(state, parallel.split(batch))
                 if pending:
                     # One step late, so that the device has its next step while the host waits.
-                    log.step(*pending)
-                pending = (step, metrics)
-                evaluating = step == total or step % eval_every == 0
-                saving = step == total or step % save_every == 0
+                    self.settle(*pending)
+                pending = (step, metrics, corrupt)
+                evaluating, saving = (
+                    self.due(step, self.eval_every),
+                    self.due(step, self.save_every),
+                )
                 if not evaluating and not saving:
                     continue
-                log.step(*pending)
+                self.settle(*pending)
                 log.flush(step)
                 pending = None
-                current = parallel.single(state)
                 if evaluating:
-                    for split in (s for s in setup.splits if s != "train"):
-                        values = evaluate(current, split)
-                        speed = values.pop("images") / values.pop("seconds")
-                        log.write(step, split, values, speed)
+                    self.evaluate_missing(step, state)
                 if saving:
-                    checkpoints.save(step, current, {"train_seconds": log.train_seconds})
+                    self.save(step, parallel.single(state))
                 log.restart_clock()
-    return log
+
+    def due(self, step, every):
+        return step == self.setup.total_steps or step % every == 0
+
+    def settle(self, step, metrics, corrupt):
+        if corrupt is not None:
+            self.corrupt.note(self.setup.splits["train"], np.asarray(corrupt))
+        self.log.step(step, metrics)
+
+    def evaluate_missing(self, step, state):
+        # Of the splits to evaluate those that were not, when this step was reached before.
+        there = {row["split"] for row in self.log.rows if row["step"] == step}
+        current = self.setup.parallel.single(state)
+        for split in (s for s in self.setup.splits if s != "train" and s not in there):
+            try:
+                values = self.evaluate(current, split)
+            except _StoppedEarly:
+                self.stop(step, state)
+            speed = values.pop("images") / values.pop("seconds")
+            self.log.write(step, split, values, speed)
+        self.log.restart_clock()
+
+    def save(self, step, state):
+        if self.checkpoints is not None:
+            counters = {**self.log.counters(), "corrupt": self.corrupt and self.corrupt.names}
+            self.checkpoints.save(step, to_host(state), counters)
+        self.saved = step
+
+    def stop(self, step, state):
+        if self.saved != step:
+            self.save(step, self.setup.parallel.single(state))
+        name = signal.Signals(self.stopping.received or signal.SIGTERM).name
+        raise Interrupted(
+            self.stopping.received or signal.SIGTERM,
+            f"{name}: stopped at step {step} of {self.setup.total_steps} and saved there; the same"
+            " command goes on",
+        )
+
+
+def _corrupt(config, say, names):
+    if not sources.find(config.dataset.name).streamed:
+        return None
+    from resvariants.stream import Corrupt
+
+    return Corrupt(config.dataset.max_corrupt_images, say, names or ())
 
 
 def describe_devices() -> str:
@@ -514,7 +715,7 @@ def adopt(
         raise InputError(f"{path} holds a finished run; name another workdir")
     setup = set_up(config)
     state = _state_from(setup, variables)
-    evaluate = make_evaluator(setup, config.eval_batch_size)
+    evaluate = make_evaluator(setup, config.eval_batch_size, _corrupt(config, print, ()))
     values = {split: evaluate(state, split) for split in setup.splits}
     names = {"train": "train_error", "test": "test_error", "validation": "val_error"}
     result = _facts(config, state) | {
@@ -541,7 +742,7 @@ def adopt(
     with workdir.writing():
         workdir.keep_rows(-1)
         with closing(Checkpoints(workdir.checkpoints, 1)) as checkpoints:
-            checkpoints.save(0, state, {"train_seconds": 0.0})
+            checkpoints.save(0, to_host(state), {})
         for row in rows:
             workdir.append_row(row)
         workdir.finish(result, rows)
@@ -560,8 +761,8 @@ def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Set
     setup = set_up(config)
     with closing(Checkpoints(Path(path) / "checkpoints")) as checkpoints:
         shapes = jax.eval_shape(setup.new_state)
-        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
-    return config, setup, state
+        state = checkpoints.restore(shapes).state
+    return config, setup, spread(state, setup.parallel.replicated)
 
 
 def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[str, Any]:
@@ -575,5 +776,5 @@ def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[
     """
     config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
-    evaluator = make_evaluator(setup, config.eval_batch_size)
+    evaluator = make_evaluator(setup, config.eval_batch_size, _corrupt(config, print, ()))
     return {"step": int(state.step), **evaluator(state, split)}

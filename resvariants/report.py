@@ -15,16 +15,16 @@ from resvariants.papers import TEST_ERRORS
 class Reporter:
     """A progress bar with lines above it on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total: int):
-        """For a run of `total` steps."""
-        self._console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, total: int, *, quiet: bool = False):
+        """For a run of `total` steps; `quiet` shows nothing."""
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=total)
         self._last_line = -math.inf

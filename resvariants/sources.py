@@ -1,8 +1,11 @@
 """Which data sets exist, and how are they read from and prepared on disk?
 
-All but `digits` live on disk as tensorflow-datasets (TFDS) writes them, so what is prepared here is
-read by TFDS and the other way round. TensorFlow is not needed: TFDS needs it to open archives and
-to encode images, and those two steps are done here.
+All but `digits` and `image_folder` live on disk as tensorflow-datasets (TFDS) writes them, so what
+is prepared here is read by TFDS and the other way round. TensorFlow is not needed: TFDS needs it to
+open archives and to encode images, and those two steps are done here.
+
+Sets of small images are read into memory (`Split`); `imagenet2012` and `image_folder` stay on disk
+(`Stream`), and `resvariants.stream` reads their images when they are needed.
 """
 
 import contextlib
@@ -11,9 +14,10 @@ import io
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,12 +30,53 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """How many images."""
+        return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> "Split":
+        """The images at the positions `chosen`."""
+        return Split(self.images[chosen], self.labels[chosen])
+
+
+class Images(Protocol):
+    """Encoded images on disk, and their labels."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """A file's content, and its label."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message."""
+        ...
+
+
+class Stream(NamedTuple):
+    """One split that stays on disk: those of `source`'s images with the given indices."""
+
+    source: Images
+    indices: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many images."""
+        return len(self.indices)
+
+    def take(self, chosen: np.ndarray) -> "Stream":
+        """The images at the positions `chosen`."""
+        return Stream(self.source, self.indices[chosen])
+
 
 class Source(NamedTuple):
     """The two splits of a data set."""
 
-    train: Split
-    test: Split
+    train: Split | Stream
+    test: Split | Stream
 
 
 class DataSet(NamedTuple):
@@ -41,6 +86,8 @@ class DataSet(NamedTuple):
     num_classes: int
     stored_as: str  # TFDS's name for it; empty if it is not stored
     train_splits: tuple[str, ...] = ("train",)
+    test_split: str = "test"
+    streamed: bool = False  # larger than memory; its images come in any size
 
 
 DATA_SETS = {
@@ -51,26 +98,135 @@ DATA_SETS = {
     "svhn_extra": DataSet((32, 32, 3), 10, "svhn_cropped", ("train", "extra")),
     "mnist": DataSet((28, 28, 1), 10, "mnist"),
     "fashion_mnist": DataSet((28, 28, 1), 10, "fashion_mnist"),
+    "imagenet2012": DataSet(
+        (224, 224, 3), 1000, "imagenet2012", test_split="validation", streamed=True
+    ),
+    "image_folder": DataSet((224, 224, 3), 0, "", streamed=True),
 }
 
 
 def load(name: str, data_dir: str | None = None) -> Source:
-    """Reads a whole data set into memory.
+    """Reads a whole data set into memory, or opens one that is streamed.
 
     `data_dir` is where it was prepared (None: TFDS's own default); `digits` needs none. `svhn`
     trains on its train split, `svhn_extra` on train and extra together, as the papers do. CIFAR-100
-    has its 100 fine labels. The images come in TFDS's order, always the same.
+    has its 100 fine labels. The images come in TFDS's order, always the same. `imagenet2012` tests
+    on its validation split; `image_folder` is `data_dir/train/CLASS/*.jpg` (or .jpeg, .png), and to
+    test on `data_dir/val`, `validation` or `test` with the same classes, numbered by their names.
 
     Raises InputError if the name is unknown, or the data set is not prepared, prepared in another
     file format than array_record, or damaged.
     """
     entry = find(name)
+    if name == "image_folder":
+        root = _image_root(data_dir)
+        classes = _classes(root / "train")
+        test = next((p for p in map(root.joinpath, TEST_FOLDERS) if p.is_dir()), None)
+        if test is None:
+            raise InputError(f"{root} has no folder {' or '.join(TEST_FOLDERS)} to test on")
+        if unknown := set(_classes(test)) - set(classes):
+            raise InputError(f"{test} has classes that train has not: {_some(unknown)}")
+        return Source(*(_whole(ImageFolder(folder, classes)) for folder in (root / "train", test)))
     if not entry.stored_as:
         return _digits()
     root, directory = _place(entry, data_dir)
     with _opened(directory, entry, _command(name, root)) as builder:
-        train = _read(builder, "+".join(entry.train_splits), entry)
-        return Source(train, _read(builder, "test", entry))
+        read = partial(_records if entry.streamed else _read, builder, entry=entry)
+        return Source(read("+".join(entry.train_splits)), read(entry.test_split))
+
+
+TEST_FOLDERS = ("val", "validation", "test")
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+class ImageFolder:
+    """The images of `folder/CLASS/`, sorted by class and name; labels are positions in `classes`.
+
+    Raises InputError if there is none.
+    """
+
+    def __init__(self, folder: Path, classes: list[str]):
+        """Lists the files; none is opened."""
+        self._folder, self._classes = folder, classes
+        self._names, labels = [], []
+        for label, name in enumerate(classes):
+            found = os.scandir(folder / name) if (folder / name).is_dir() else ()
+            files = sorted(e.name for e in found if Path(e.name).suffix.lower() in SUFFIXES)
+            self._names += files
+            labels += [label] * len(files)
+        self._labels = np.array(labels, np.int32)
+        if not self._names:
+            raise InputError(f"{folder} has no images {', '.join(sorted(SUFFIXES))} in its classes")
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """A file's content, and its label."""
+        return Path(self.name(index)).read_bytes(), int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self._folder / self._classes[self._labels[index]] / self._names[index])
+
+
+class Records:
+    """A split of a data set that TFDS prepared, its images left encoded."""
+
+    def __init__(self, builder: Any, split: str):
+        """Opens nothing yet."""
+        import tensorflow_datasets as tfds
+
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self._split, self._source = split, builder.as_data_source(split, decoders=skip)
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """A record's image, and its label."""
+        example = self._source[int(index)]
+        return example["image"], int(example["label"])
+
+    def name(self, index: int) -> str:
+        """The file's name, if the data set has kept it."""
+        name = f"{self._split} record {index}"
+        with contextlib.suppress(Exception):  # the record may be what cannot be read
+            name += f" {self._source[int(index)]['file_name'].decode()}"
+        return name
+
+
+def _records(builder: Any, split: str, entry: DataSet) -> Stream:
+    return _whole(Records(builder, split))
+
+
+def _whole(images: Images) -> Stream:
+    return Stream(images, np.arange(len(images)))
+
+
+def _image_root(data_dir: str | None) -> Path:
+    if data_dir is None:
+        raise InputError(
+            "image_folder needs dataset.data_dir: a folder with train/CLASS/*.jpg and"
+            " val/CLASS/*.jpg"
+        )
+    return Path(data_dir).expanduser()
+
+
+def _classes(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"there is no {folder}: images lie there as CLASS/*.jpg")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise InputError(f"{folder} has no folders: images lie there as CLASS/*.jpg")
+    return names
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = None) -> Path:
@@ -85,6 +241,12 @@ def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = No
     import tensorflow_datasets as tfds
 
     entry = find(name)
+    if entry.streamed:
+        raise InputError(
+            f"{name} is prepared by other means: imagenet2012 by TFDS itself (tfds build"
+            " imagenet2012 --file_format=array_record --manual_dir=...), which needs TensorFlow, or"
+            " unpacked as an image_folder, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
+        )
     if not entry.stored_as:
         raise InputError(f"{name!r} comes with scikit-learn and needs no preparation")
     root, directory = _place(entry, data_dir)
@@ -111,22 +273,24 @@ def prepare(name: str, data_dir: str | None = None, archive_dir: str | None = No
     return directory
 
 
-def find(name: str) -> DataSet:
-    """The data set called `name`.
+def find(name: str, data_dir: str | None = None, image_size: int | None = None) -> DataSet:
+    """The data set called `name`, the side of streamed images `image_size`.
+
+    The classes of an `image_folder` are counted if `data_dir` is given.
 
     Raises InputError if there is none.
     """
-    if name in DATA_SETS:
-        return DATA_SETS[name]
-    known = ", ".join(DATA_SETS)
-    if name == "imagenet2012":
+    if name not in DATA_SETS:
         raise InputError(
-            "imagenet2012 cannot be trained on yet: it does not fit into memory, and streaming it"
-            f" is still missing. Set dataset.name to one of {known}"
+            f"unknown data set {name!r}; nearest: {nearest(name, DATA_SETS)}"
+            f" (all: {', '.join(DATA_SETS)})"
         )
-    raise InputError(
-        f"unknown data set {name!r}; nearest: {nearest(name, DATA_SETS)} (all: {known})"
-    )
+    entry = DATA_SETS[name]
+    if entry.streamed and image_size is not None:
+        entry = entry._replace(image_shape=(image_size, image_size, 3))
+    if name == "image_folder" and data_dir is not None:
+        entry = entry._replace(num_classes=len(_classes(_image_root(data_dir) / "train")))
+    return entry
 
 
 def _digits() -> Source:
@@ -155,7 +319,13 @@ def _place(entry: DataSet, data_dir: str | None) -> tuple[Path, Path]:
 
 
 def _command(name: str, root: Path) -> str:
-    return f"\n  python experiments/prepare.py {name} --data_dir={shlex.quote(str(root))}"
+    where = f"--data_dir={shlex.quote(str(root))}"
+    if DATA_SETS[name].streamed:  # TFDS's own program, which needs TensorFlow
+        return (
+            f"\n  tfds build {name} {where} --file_format=array_record --manual_dir=DIR_OF_ITS_TARS"
+            "\nor unpack it, and read it as dataset.name=image_folder"
+        )
+    return f"\n  python experiments/prepare.py {name} {where}"
 
 
 @contextlib.contextmanager
@@ -178,7 +348,7 @@ def _opened(directory: Path, entry: DataSet, command: str) -> Iterator[Any]:
                 f" here. Delete it, or name another --data_dir, and prepare it:{command}"
             )
         info.set_file_format("array_record", override=True, override_if_initialized=True)
-        if missing := {"test", *entry.train_splits} - set(info.splits):
+        if missing := {entry.test_split, *entry.train_splits} - set(info.splits):
             raise ValueError(f"no split {' and '.join(sorted(missing))}")
         for split in info.splits.values():
             # A record file knows how many examples it holds, but TFDS does not compare.

@@ -110,11 +110,23 @@ def train_step(
 def eval_step(
     params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
 ) -> dict[str, jax.Array]:
-    """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`."""
+    """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`.
+
+    Of images with several crops, (batch, crops, height, width, channels), the probabilities are
+    averaged (Krizhevsky et al. 2012, 4.1).
+    """
     options = {} if gates is None else {"gates": gates}  # not every network has units to gate
+    images = batch["image"]
     logits: Any = model.apply(
-        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False, **options
+        {"params": params, "batch_stats": batch_stats},
+        images.reshape(-1, *images.shape[-3:]),
+        train=False,
+        **options,
     )
+    if images.ndim == 5:
+        crops = images.shape[1]
+        of_crops = jax.nn.log_softmax(logits).reshape(-1, crops, logits.shape[-1])
+        logits = jax.nn.logsumexp(of_crops, axis=1) - jnp.log(crops)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     wrong = logits.argmax(-1) != batch["label"]
     mask = batch["mask"]

@@ -4,18 +4,19 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from resvariants.errors import InputError
+from resvariants.errors import InputError, RunError
+from resvariants.parallel import is_main, on_main
 from resvariants.report import draw_curves, write_report
 
 
 class Workdir:
-    """A run's folder, new or to be continued.
+    """A run's folder, new or to be continued. Of several processes, process 0 reads and writes.
 
     Attributes:
       path: the folder.
@@ -31,16 +32,19 @@ class Workdir:
             cannot be written.
         """
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.result = None
         # Through JSON, so that tuples compare equal to the lists that they become.
         self._config = json.loads(config.copy_and_resolve_references().to_json())
+        self.result = on_main(self._look)
+
+    def _look(self):
+        path = self.path
         ancestor = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
             raise InputError(f"cannot write workdir {path}: {ancestor} is no writable folder")
         if (path / "config.json").exists():
             _refuse_differences(path, self._config, _read_json(path / "config.json"))
             if (path / "result.json").exists():
-                self.result = _read_json(path / "result.json")
+                return _read_json(path / "result.json")
         elif path.exists():
             others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
             if others:
@@ -48,6 +52,7 @@ class Workdir:
                     f"{path} is no workdir of a run, and not empty ({', '.join(others[:3])}, ...);"
                     " name a new folder"
                 )
+        return None
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -56,6 +61,12 @@ class Workdir:
         Raises:
           InputError: another run is writing there, or nothing can be written.
         """
+        with ExitStack() as stack:
+            on_main(lambda: stack.enter_context(self._locked()))
+            yield
+
+    @contextmanager
+    def _locked(self):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
@@ -75,18 +86,25 @@ class Workdir:
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, less a last one that was cut short."""
+        return on_main(self._read_rows)
+
+    def _read_rows(self):
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_rows(self, last_step: int) -> None:
         """Drops the rows after `last_step`: the run is about to write them again."""
-        rows = [row for row in self.read_rows() if row["step"] <= last_step]
+        if not is_main():
+            return
+        rows = [row for row in self._read_rows() if row["step"] <= last_step]
         _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        if not is_main():
+            return
+        with _told(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def finish(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -94,10 +112,13 @@ class Workdir:
 
         A network that was not trained here (`origin`) has no curves.
         """
+        if not is_main():
+            return
         title = f"{result['model']} on {result['dataset']}"
-        if "origin" not in result:
-            draw_curves(rows, result["model"], title, self.path / "curves.png")
-        write_report(result, self._config, self.path / "report.md")
+        with _told(self.path):
+            if "origin" not in result:
+                draw_curves(rows, result["model"], title, self.path / "curves.png")
+            write_report(result, self._config, self.path / "report.md")
         _write_json(self.path / "result.json", result)
 
 
@@ -126,11 +147,15 @@ def read_result(path: Path) -> dict[str, Any]:
     return _read_json(path / "result.json")
 
 
+# What changes no result: a run may go on with other values.
+EXECUTION_KEYS = {"compilation_cache", "dataset.workers", "dataset.max_corrupt_images"}
+
+
 def _refuse_differences(path, here, there):
-    here, there = ({**_flat(config), "compilation_cache": None} for config in (here, there))
+    here, there = flat(here), flat(there)
     differing = [
         f"  {key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in sorted(here.keys() | there.keys())
+        for key in sorted((here.keys() | there.keys()) - EXECUTION_KEYS)
         if here.get(key, "absent") != there.get(key, "absent")
     ]
     if differing:
@@ -141,12 +166,13 @@ def _refuse_differences(path, here, there):
         )
 
 
-def _flat(tree, prefix=""):
-    flat = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by their keys, with dots between their parts."""
+    values = {}
     for key, value in tree.items():
         path = prefix + key
-        flat.update(_flat(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return flat
+        values.update(flat(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return values
 
 
 def _read_json(path):
@@ -163,5 +189,17 @@ def _write_json(path, value):
 def _write(path, text):
     # Renamed into place: whoever reads, at whatever moment we are killed, finds a whole file.
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with _told(path.parent):
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+@contextmanager
+def _told(path):
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {path}: {error.strerror}. Make room there, and the same command goes"
+            " on from the last checkpoint"
+        ) from error

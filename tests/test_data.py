@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from resvariants import InputError
 from resvariants.data import (
+    Augmentation,
     TrainingBatches,
     augment,
     evaluation_batches,
@@ -93,6 +94,10 @@ def test_a_validation_set_that_leaves_no_training_image_is_refused(size):
 # Normalisation
 
 
+def labelled(images):
+    return Split(images, np.zeros(len(images), np.int32))
+
+
 def by_formula(kind, images):
     """Normalised images, in float64."""
     x = images.astype(np.float64)
@@ -106,11 +111,11 @@ def by_formula(kind, images):
 
 
 def test_imagenets_mean_colour_is_a_constant_for_images_of_three_colours():
-    mean, scale = normalisation("imagenet", make_split(2, (4, 4, 3)).images)
+    mean, scale = normalisation("imagenet", make_split(2, (4, 4, 3)), 3)
     assert mean.ravel().tolist() == pytest.approx([123.675, 116.28, 103.53])
     assert scale.ravel().tolist() == pytest.approx([58.395, 57.12, 57.375])
     with pytest.raises(InputError, match="three colours"):
-        normalisation("imagenet", make_split(2, (8, 8, 1)).images)
+        normalisation("imagenet", make_split(2, (8, 8, 1)), 1)
 
 
 KINDS = ("per_pixel_mean", "channel", "none")
@@ -121,7 +126,7 @@ KINDS = ("per_pixel_mean", "channel", "none")
 @pytest.mark.parametrize("shape", [(3, 4, 2), (8, 8, 1)])
 def test_normalisation_is_the_formula(kind, size, shape):
     images = make_split(size, shape).images
-    mean, scale = normalisation(kind, images)
+    mean, scale = normalisation(kind, labelled(images), images.shape[-1])
     assert (mean.dtype, scale.dtype) == (np.float32, np.float32)
     np.testing.assert_allclose((images - mean) / scale, by_formula(kind, images), atol=1e-5)
 
@@ -129,7 +134,7 @@ def test_normalisation_is_the_formula(kind, size, shape):
 @pytest.mark.parametrize("kind", ["per_pixel_mean", "channel"])
 def test_normalised_images_have_mean_zero_and_variance_one(kind):
     images = make_split(130).images
-    mean, scale = normalisation(kind, images)
+    mean, scale = normalisation(kind, labelled(images), images.shape[-1])
     x = (images - mean) / scale
     axes = (0, 1, 2) if kind == "channel" else (0,)
     np.testing.assert_allclose(x.mean(axes), 0, atol=1e-5)
@@ -140,11 +145,11 @@ def test_normalised_images_have_mean_zero_and_variance_one(kind):
 def test_white_images_overflow_nothing(kind):
     """255 squared, summed over 40 images of 32x32, exceeds 32 bits as well as 8."""
     images = np.full((40, 32, 32, 1), 255, np.uint8)
-    mean, scale = normalisation(kind, images)
+    mean, scale = normalisation(kind, labelled(images), images.shape[-1])
     np.testing.assert_array_equal(mean, 255)
     np.testing.assert_array_equal(scale, 1)
     images[::2] = 251
-    mean, scale = normalisation(kind, images)
+    mean, scale = normalisation(kind, labelled(images), images.shape[-1])
     np.testing.assert_array_equal(mean, 253)
     np.testing.assert_array_equal(scale, 2)
 
@@ -152,7 +157,7 @@ def test_white_images_overflow_nothing(kind):
 def test_a_pixel_without_variance_becomes_zero():
     images = make_split(10).images
     images[:, 1, 2, 0] = 77
-    mean, scale = normalisation("per_pixel_mean", images)
+    mean, scale = normalisation("per_pixel_mean", labelled(images), images.shape[-1])
     x = (images - mean) / scale
     assert np.isfinite(x).all()
     np.testing.assert_array_equal(x[:, 1, 2, 0], 0)
@@ -162,7 +167,7 @@ def test_a_pixel_without_variance_becomes_zero():
 def test_a_channel_without_variance_becomes_zero_and_the_others_do_not():
     images = make_split(10).images
     images[..., 1] = 77
-    mean, scale = normalisation("channel", images)
+    mean, scale = normalisation("channel", labelled(images), images.shape[-1])
     x = (images - mean) / scale
     np.testing.assert_array_equal(x[..., 1], 0)
     assert x[..., 0].std() == pytest.approx(1, rel=1e-5)
@@ -171,7 +176,7 @@ def test_a_channel_without_variance_becomes_zero_and_the_others_do_not():
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_that_are_all_one_grey_stay_finite(kind):
     images = np.full((5, 2, 2, 3), 100, np.uint8)
-    mean, scale = normalisation(kind, images)
+    mean, scale = normalisation(kind, labelled(images), images.shape[-1])
     expected = 100 / 255 if kind == "none" else 0
     np.testing.assert_allclose((images - mean) / scale, expected, rtol=1e-6)
 
@@ -280,9 +285,8 @@ def make_batches(
         SPLIT,
         batch_size,
         seed,
-        *normalisation(kind, SPLIT.images),
-        crop_padding=crop_padding,
-        flip=flip,
+        *normalisation(kind, SPLIT, 2),
+        Augmentation(crop_padding, flip),
         sharding=sharding,
         replicated=replicated,
     )
@@ -393,8 +397,8 @@ def test_a_batch_larger_than_the_set_is_refused():
 @pytest.mark.parametrize(("size", "count"), [(24, 3), (23, 3), (17, 3), (8, 1), (1, 1)])
 def test_evaluation_covers_every_image_once_in_order_and_fills_up_with_masked_zeros(size, count):
     split = make_split(size)
-    mean, scale = normalisation("per_pixel_mean", SPLIT.images)
-    batches = [*evaluation_batches(split, 8, mean, scale, one_device())]
+    mean, scale = normalisation("per_pixel_mean", SPLIT, 2)
+    batches = [batch for batch, _ in evaluation_batches(split, 8, mean, scale, one_device())]
     assert len(batches) == count
     for batch in batches:
         shapes = {key: (value.shape, value.dtype) for key, value in batch.items()}
@@ -413,18 +417,18 @@ def test_evaluation_covers_every_image_once_in_order_and_fills_up_with_masked_ze
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_images_are_normalised_by_the_training_images(kind):
-    mean, scale = normalisation(kind, SPLIT.images)
-    (batch,) = evaluation_batches(SPLIT, 24, mean, scale, one_device())
+    mean, scale = normalisation(kind, SPLIT, 2)
+    ((batch, _),) = evaluation_batches(SPLIT, 24, mean, scale, one_device())
     np.testing.assert_allclose(batch["image"][:SIZE], by_formula(kind, SPLIT.images), atol=1e-5)
 
 
 def test_evaluation_batches_lie_over_eight_devices():
     assert jax.device_count() == 8
     sharding, _ = all_devices()
-    mean, scale = normalisation("channel", SPLIT.images)
+    mean, scale = normalisation("channel", SPLIT, 2)
     ours = [*evaluation_batches(SPLIT, 8, mean, scale, sharding)]
     theirs = evaluation_batches(SPLIT, 8, mean, scale, one_device())
-    for one, other in zip(ours, theirs, strict=True):
+    for (one, _), (other, _) in zip(ours, theirs, strict=True):
         for key, value in one.items():
             assert value.addressable_shards[0].data.shape[0] == 1
             np.testing.assert_array_equal(value, other[key])

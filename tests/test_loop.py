@@ -52,8 +52,7 @@ def final_state(workdir, steps=STEPS):
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(Path(workdir) / "checkpoints", 2)) as checkpoints:
         assert checkpoints.latest_step == steps
-        state, _ = checkpoints.restore(shapes, setup.parallel.replicated)
-    return jax.tree.map(np.asarray, state)
+        return checkpoints.restore(shapes).state
 
 
 def rows(workdir):
@@ -63,7 +62,7 @@ def rows(workdir):
 
 def without_speed(workdir):
     return [
-        {key: value for key, value in row.items() if key != "images_per_second"}
+        {k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")}
         for row in rows(workdir)
     ]
 

@@ -1,0 +1,192 @@
+"""What comes of a grid of config values and seeds?
+
+python experiments/sweep.py --out=runs/sweep --models resnet20 preact_resnet20 \
+    --grid schedule.learning_rate=0.1,0.01 optimizer.momentum=0.9,0.95 --seeds 0 1
+python experiments/sweep.py --out=runs/sweep ... --slurm slurm_partition=gpu gpus_per_node=8 \
+    nodes=2 tasks_per_node=8 timeout_min=600
+
+Every network with every combination of values is trained here, one after the other, or with
+--slurm each as a job of its own; several tasks of a job are processes of one run. The same command
+again goes on: it waits for jobs that are still there, and trains what is not finished. compare.py's
+table of all that are finished comes at the end.
+"""
+
+import argparse
+import ast
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from commandline import check_key, run
+from compare import compare
+from study import Job, add_training_arguments, base_recipe, jobs, read_run
+
+from resvariants import InputError, loop
+from resvariants.workdir import flat
+
+TRAIN = Path(__file__).with_name("train.py")
+
+
+def combinations(models: Sequence[str], grid: Sequence[str]) -> list[str]:
+    """`MODEL,KEY=VALUE,...` for every model and combination of `KEY=VALUE,VALUE,...`.
+
+    Raises:
+      InputError: an unknown key, or one without values.
+    """
+    axes = []
+    for entry in grid:
+        key, _, values = entry.partition("=")
+        check_key(key)
+        if not all(values.split(",")):
+            raise InputError(f"--grid {entry}: give it as KEY=VALUE,VALUE,...")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return [",".join((model, *chosen)) for model in models for chosen in itertools.product(*axes)]
+
+
+def command(job: Job, config_file: str) -> list[str]:
+    """The command that trains `job` as a program of its own."""
+    file, model, base = base_recipe(job.spec, config_file)
+    values, defaults = flat(job.config.to_dict()), flat(base.to_dict())
+    changes = {key: value for key, value in values.items() if value != defaults[key]}
+    return [
+        sys.executable,
+        str(TRAIN),
+        f"--config={file}:{model}",
+        f"--workdir={job.path}",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+    ]
+
+
+class Training:
+    """A command as submitit runs it, in every task of a job."""
+
+    def __init__(self, command: list[str]):
+        """`command` goes on where it stopped, if it is given again."""
+        self.command = command
+
+    def __call__(self) -> None:
+        """Runs it. submitit's warning that time is up is not for the command, which would end: the
+        job is queued again, and the SIGTERM that comes with it lets the command save.
+        """
+        subprocess.run(
+            self.command,
+            check=True,
+            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        )
+
+    def checkpoint(self):
+        """What submitit queues when time is up: the same again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(wanted: Sequence[Job], config_file: str, out: Path, options: dict[str, object]) -> None:
+    """Submits what is not finished, and waits until no job is left.
+
+    Raises:
+      InputError: submitit or SLURM is missing, or they refuse `options`.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError("--slurm needs submitit: pip install -e '.[slurm]'") from error
+    folder = out / "slurm"
+    remembered = folder / "jobs.json"
+    numbers = json.loads(remembered.read_text()) if remembered.exists() else {}
+    try:
+        waiting = queue()
+        # Once time is up a job is queued again, so often.
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=1000)
+        executor.update_parameters(name="resvariants", **options)
+        for job in wanted:
+            if not job.finished and numbers.get(str(job.path)) not in waiting:
+                numbers[str(job.path)] = executor.submit(Training(command(job, config_file))).job_id
+                remembered.write_text(json.dumps(numbers))
+                print(f"{job.spec}, seed {job.seed}: job {numbers[str(job.path)]}", flush=True)
+    except (OSError, RuntimeError, TypeError, NameError, subprocess.CalledProcessError) as error:
+        raise InputError(f"cannot submit to SLURM: {error}") from error
+    ours = {numbers[str(job.path)] for job in wanted if not job.finished}
+    left = None
+    while ours & (waiting := queue()):
+        if len(ours & waiting) != left:
+            left = len(ours & waiting)
+            print(f"{left} of {len(ours)} jobs left; their output is in {folder}", flush=True)
+        time.sleep(2)
+
+
+def queue() -> set[str]:
+    """The numbers of the jobs that wait or run."""
+    listed = subprocess.run(
+        ["squeue", "--noheader", "--format=%i"], check=True, capture_output=True, text=True
+    )
+    return set(listed.stdout.split())
+
+
+def train_here(wanted: Sequence[Job]) -> dict[Path, str]:
+    """Trains what is not finished; which runs diverged, and how."""
+    diverged = {}
+    for number, job in enumerate(wanted, 1):
+        if not job.finished:
+            print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
+            try:
+                loop.train(job.config, job.path)
+            except loop.TrainingDiverged as error:
+                diverged[job.path] = str(error)
+                print(f"stopped: {error}")
+            jax.clear_caches()
+    return diverged
+
+
+def main() -> None:
+    """Reads the command line, trains or submits what is missing, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_training_arguments(parser)
+    parser.add_argument("--models", nargs="+", required=True, help="[CONFIG:]MODEL[,KEY=VALUE ...]")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="KEY=VALUE,VALUE,...")
+    parser.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="submit jobs; with parameters of submitit, such as timeout_min=60 slurm_partition=gpu",
+    )
+    args = parser.parse_args()
+    wanted = jobs(combinations(args.models, args.grid), args)
+    unfinished = {}
+    if args.slurm is None:
+        unfinished = train_here(wanted)
+    else:
+        submit(wanted, args.config, args.out, dict(map(_option, args.slurm)))
+    networks: dict[str, list] = {}
+    notes = []
+    for job in wanted:
+        if (job.path / "result.json").exists():
+            networks.setdefault(job.spec, []).append(read_run(job.path))
+        else:
+            reason = unfinished.get(job.path, f"its output is in {args.out / 'slurm'}")
+            notes.append(f"- {job.spec}, seed {job.seed}: {reason}")
+    if notes:
+        notes = ["", "Not finished:", "", *notes]
+    if not networks:
+        raise InputError("\n".join(["no run is finished", *notes]))
+    compare(networks, args.out, notes)
+
+
+def _option(text):
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--slurm {text}: give it as KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
+if __name__ == "__main__":
+    run(main)

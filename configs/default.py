@@ -38,12 +38,10 @@ def get_config() -> ConfigDict:
     dataset.flip = False  # mirror every other image, at random
     dataset.color_jitter = 0.0  # brightness, contrast, saturation times 1 ± up to this, at random
     dataset.lighting = 0.0  # standard deviation of noise along the principal colours
-    # Of streamed data sets: the side of the images that the network gets, and how they are cut in
-    # training: random_sized, 8 to 100 % of the area; scale_jitter, after resizing to a random
-    # shorter side.
-    dataset.image_size = 224
+    dataset.image_size = 224  # the side of streamed images; the keys below are of them, too
+    # random_sized: 8 to 100 % of the area; scale_jitter: a square, at a random shorter side
     dataset.crop = "random_sized"
-    dataset.shorter_side = (256, 480)  # of scale_jitter
+    dataset.shorter_side = (256, 480)  # in pixels, of scale_jitter
     dataset.ten_crop = False  # evaluate corners, centre and mirror images, not the centre alone
     dataset.workers = 2  # processes that read and decode; 0 is threads of this one
     dataset.max_corrupt_images = 10  # so many images that cannot be read are skipped

@@ -17,6 +17,7 @@ def get_config(model: str = "resnet110_average"):
     """45,000 CIFAR images for 500 epochs, or 300 with a warm-up at depth 1202; ImageNet for 120."""
     if zoo.find(model).image_shape == zoo.IMAGENET:
         config = imagenet.get_config(model)
+        config.update_from_flattened_dict(imagenet.TORCH)
         config.batch_size = 128
         config.schedule.length = 120
         config.schedule.milestones = (30, 60, 90)

@@ -73,6 +73,8 @@ def _parse_flags(argv):
             if match:
                 check_key(match[1])
         raise
+    except SyntaxError as error:
+        raise InputError(f"no config file: {error}") from None
     except OSError:
         given = re.search(r"-config[= ](\S+)", " ".join(argv))
         raise no_such_config(given and given[1]) from None

@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import math
+import os
 import runpy
 import statistics
 import time
@@ -120,7 +121,7 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
         check_key(key)
         try:
             config.update_from_flattened_dict({key: value})
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{key}={value}: {error}") from None
     if args.epochs is not None:
         steps = round(args.epochs * loop.set_up(config).steps_per_epoch)
@@ -136,19 +137,21 @@ def base_recipe(spec: str, config_file: str) -> tuple[str, str, ConfigDict]:
     """
     file, _, model = spec.partition(",")[0].rpartition(":")
     file = file or config_file
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # (Path.is_file raises if the name is too long)
         raise no_such_config(file)
     try:
         return file, model, runpy.run_path(file)["get_config"](model)
     except (KeyError, TypeError):
         raise InputError(f"{file} is no recipe: it has no get_config(model)") from None
+    except SyntaxError as error:
+        raise InputError(f"{file} is no recipe: {error}") from None
 
 
 def _literal(text):
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text  # all that literal_eval is documented to raise
 
 
 class Job(NamedTuple):
@@ -313,11 +316,17 @@ class Remembered:
         """Reads `path`, if it exists; a last line that was cut short is dropped."""
         self._path, self._values = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        content = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        lines = content.splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        for line in whole:
-            entry = json.loads(line)
-            self._values[entry["key"]] = entry["value"]
+        try:
+            for line in whole:
+                entry = json.loads(line)
+                self._values[entry["key"]] = entry["value"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"{path} cannot be read: {error}. Take the damaged line out, or delete the file"
+            ) from error
         if whole != lines:
             repaired = path.with_suffix(".tmp")
             repaired.write_text("".join(whole))

@@ -68,7 +68,14 @@ class Checkpoints:
     def _open(self):
         if not self._options.read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        try:
+            # It reads what Orbax notes about every step.
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"the checkpoints in {self.directory} cannot be read ({_first_line(error)}). Delete"
+                " the newest of these folders to use the one before it."
+            ) from error
 
     @property
     def latest_step(self) -> int | None:
@@ -155,6 +162,9 @@ class Checkpoints:
             if zlib.crc32(text.encode()) != item["meta"]["checksum"]:
                 raise ValueError("the checksum of its description differs")
             description = json.loads(text)
+            parts = (description["layout"], description["checksums"], description["counters"])
+            if not all(isinstance(part, dict) for part in parts):
+                raise ValueError("its description is none")
         expected, found = layout(empty), description["layout"]
         differing = sorted(
             (p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p)),

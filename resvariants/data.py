@@ -105,7 +105,7 @@ class Augmentation(NamedTuple):
       crop_padding: random crops of images padded by so many zeros on each side (the mean, once they
         are normalised); 0 for none.
       flip: every other image is mirrored, at random.
-      color_jitter: brightness, contrast and saturation each times 1 + U(-j, j), in random order.
+      color_jitter: brightness, contrast and saturation each times 1 + U(-j, j).
       lighting: standard deviation of the noise along the principal components of ImageNet's
         colours (Krizhevsky et al. 2012, 4.1).
     """
@@ -150,16 +150,15 @@ def recolour(key: jax.Array, images: jax.Array, jitter: float, lighting: float) 
       images: (batch, height, width, 3), from 0 to 1. What comes out may lie outside.
     """
     batch = len(images)
-    order_key, factor_key, noise_key = jax.random.split(key, 3)
+    factor_key, noise_key = jax.random.split(key)
     if jitter:
         # Mixed with black it is brightness, with the mean grey contrast, with its grey saturation.
-        keys = jax.random.split(order_key, batch)
-        orders = jax.vmap(lambda key: jax.random.permutation(key, 3))(keys)
+        # In fb.resnet.torch in random order; but as nothing is cut off in between, they commute.
         factors = 1 + jax.random.uniform(factor_key, (3, batch, 1, 1, 1), minval=-1.0) * jitter
-        for kind, factor in zip(orders.T.reshape(3, batch, 1, 1, 1), factors, strict=True):
+        for kind, factor in enumerate(factors):
             grey = jnp.sum(images * GREY.reshape(1, 1, 1, 3), -1, keepdims=True)
             mean = grey.mean((1, 2, 3), keepdims=True)
-            other = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, mean, grey))
+            other = (0.0, mean, grey)[kind]
             images = factor * images + (1 - factor) * other
     if lighting:
         noise = lighting * jax.random.normal(noise_key, (batch, 3)) * DEVIATIONS[None]

@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def check_choice(what: str, name: str, known: Collection[str]) -> str:
     """`name`, if it is one of `known`; otherwise an InputError that gives the allowed values."""
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"unknown {what} {name!r}; allowed: {', '.join(sorted(known))}")
     return name
 

@@ -78,31 +78,70 @@ OPTIONS = {
     )
 } | {"dropout_rate": None}
 
-# What numbers may be, where no function below says so itself.
+# What values may be, where no function below says so itself. (ml_collections checks kinds where
+# values are assigned, but not those of a file.)
 LIMITS = (
     (
-        "positive and finite",
-        lambda x: 0 < x < math.inf,
+        "text",
+        lambda x: isinstance(x, str),
+        (
+            "model.name",
+            "dataset.name",
+            "dataset.data_dir",
+            "optimizer.weight_decay_parameters",
+            "compilation_cache",
+        ),
+    ),
+    (
+        "True or False",
+        lambda x: isinstance(x, bool),
+        (
+            "model.frozen_norm",
+            "dataset.flip",
+            "dataset.ten_crop",
+            "optimizer.nesterov",
+            "sync_batch_norm",
+            "tensorboard",
+        ),
+    ),
+    (
+        "a list of numbers",
+        lambda x: all(isinstance(number, int | float) for number in x),
+        ("schedule.milestones", "dataset.shorter_side"),
+    ),
+    (
+        "a positive whole number",
+        lambda x: isinstance(x, int) and x > 0,
         (
             "batch_size",
             "eval_batch_size",
             "log_every_steps",
-            "eval_every_epochs",
-            "checkpoint_every_epochs",
             "keep_checkpoints",
-            "schedule.factor",
             "dataset.image_size",
         ),
+    ),
+    (
+        "a whole number, at least 0",
+        lambda x: isinstance(x, int) and x >= 0,
+        (
+            "model.unroll",
+            "dataset.validation_size",
+            "dataset.crop_padding",
+            "dataset.workers",
+            "dataset.max_corrupt_images",
+        ),
+    ),
+    ("a number", lambda x: isinstance(x, int | float), ("model.survival_probability",)),
+    (
+        "positive and finite",
+        lambda x: 0 < x < math.inf,
+        ("eval_every_epochs", "checkpoint_every_epochs", "schedule.factor"),
     ),
     (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
         (
-            "model.unroll",
-            "dataset.crop_padding",
             "dataset.lighting",
-            "dataset.workers",
-            "dataset.max_corrupt_images",
             "optimizer.weight_decay",
             "auxiliary_weight",
             "schedule.learning_rate",
@@ -116,6 +155,7 @@ LIMITS = (
     ),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, ("seed",)),
 )
+MAY_BE_NONE = {"model.unroll", "model.dropout_rate", "dataset.data_dir", "compilation_cache"}
 
 
 class TrainingDiverged(RunError):
@@ -159,8 +199,14 @@ def _set_up(config):
     for words, allowed, keys in LIMITS:
         for key in keys:
             value = _value(config, key)
-            if value is not None and not allowed(value):
-                raise InputError(f"{key} is {value}; it must be {words}")
+            if value is None and key in MAY_BE_NONE:
+                continue
+            try:
+                sound = allowed(value)
+            except TypeError:
+                sound = False
+            if not sound:
+                raise InputError(f"{key} is {value!r}; it must be {words}")
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
     dataset = config.dataset
     data_set = sources.find(dataset.name, dataset.data_dir, dataset.image_size)
@@ -231,7 +277,7 @@ def _set_up(config):
 def _value(config, key):
     try:
         return reduce(getitem, key.split("."), config)
-    except KeyError:
+    except (KeyError, TypeError):
         raise InputError(
             f"the config has no {key}: it is of another version of resvariants. Add it to"
             " config.json as configs/default.py has it"
@@ -282,6 +328,8 @@ def make_evaluator(
             for indices in (x for x in unreadable if x is not None):
                 corrupt.note(setup.splits[split], np.asarray(indices))
         total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
+        if not total["count"]:
+            raise RunError(f"none of the images of {split!r} can be read")
         return {
             "loss": total["loss"] / total["count"],
             "error": 100 * total["errors"] / total["count"],

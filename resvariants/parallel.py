@@ -150,7 +150,9 @@ def local_rows(sharding: Sharding, count: int) -> np.ndarray:
 
 def to_host(tree: Any) -> Any:
     """Copies of replicated arrays that no step overwrites."""
-    return jax.tree.map(lambda x: np.array(x.addressable_data(0)), tree)
+    return jax.tree.map(
+        lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree
+    )
 
 
 def spread(tree: Any, sharding: Sharding | jax.Device) -> Any:

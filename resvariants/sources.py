@@ -126,7 +126,10 @@ def load(name: str, data_dir: str | None = None) -> Source:
             raise InputError(f"{root} has no folder {' or '.join(TEST_FOLDERS)} to test on")
         if unknown := set(_classes(test)) - set(classes):
             raise InputError(f"{test} has classes that train has not: {_some(unknown)}")
-        return Source(*(_whole(ImageFolder(folder, classes)) for folder in (root / "train", test)))
+        train = ImageFolder(root / "train", classes)
+        if train.empty:
+            raise InputError(f"{root / 'train'} has no images {KINDS} in {_some(train.empty)}")
+        return Source(_whole(train), _whole(ImageFolder(test, classes)))
     if not entry.stored_as:
         return _digits()
     root, directory = _place(entry, data_dir)
@@ -137,12 +140,13 @@ def load(name: str, data_dir: str | None = None) -> Source:
 
 TEST_FOLDERS = ("val", "validation", "test")
 SUFFIXES = {".jpg", ".jpeg", ".png"}
+KINDS = ", ".join(sorted(SUFFIXES))
 
 
 class ImageFolder:
     """The images of `folder/CLASS/`, sorted by class and name; labels are positions in `classes`.
 
-    Raises InputError if there is none.
+    `empty` are the classes without any. Raises InputError if those are all.
     """
 
     def __init__(self, folder: Path, classes: list[str]):
@@ -156,7 +160,8 @@ class ImageFolder:
             labels += [label] * len(files)
         self._labels = np.array(labels, np.int32)
         if not self._names:
-            raise InputError(f"{folder} has no images {', '.join(sorted(SUFFIXES))} in its classes")
+            raise InputError(f"{folder} has no images {KINDS} in its classes")
+        self.empty = [classes[i] for i in set(range(len(classes))) - set(labels)]
 
     def __len__(self) -> int:
         """How many images."""

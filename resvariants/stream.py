@@ -36,6 +36,10 @@ EVALUATION_SCALE = 256 / 224
 def decode(content: bytes) -> Image.Image:
     """A JPEG or PNG file's image, in RGB. Whatever is wrong with the file raises some exception."""
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+        if image.mode == "P":  # of which Pillow would say that transparency is lost
+            return image.convert("RGBA").convert("RGB")
+        if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 
@@ -153,7 +157,9 @@ class TrainingReader(NamedTuple):
                 if following == 0:
                     corrupt[number] = index
             else:
-                raise RunError("a hundred images in a row cannot be read")
+                raise RunError(
+                    f"no training image from {self.split.source.name(index)} on can be read"
+                )
             image, labels[number] = found
             images[number] = np.asarray(self.crop(image, size, rng))
         return {"image": images, "label": labels, "corrupt": corrupt}
@@ -221,7 +227,8 @@ class Corrupt:
                 decode(split.source[index][0])
                 reason = "readable now"
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                words = (str(error).strip() or "?").splitlines()[0][:200]
+                reason = f"{type(error).__name__}: {words}"
             self._say(f"skipped {name} ({reason}), {len(self.names)} of at most {self._limit}")
         if len(self.names) > self._limit:
             raise RunError(

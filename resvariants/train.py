@@ -150,6 +150,18 @@ def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int
     check_choice("schedule.unit", schedule.unit, ("steps", "epochs"))
     check_choice("schedule.kind", schedule.kind, ("piecewise", "cosine"))
     check_choice("schedule.warmup_kind", schedule.warmup_kind, ("constant", "linear"))
+    limit = 2**31 - 1  # the state counts steps in 32 bits
+    numbers = (schedule.length, schedule.warmup, *schedule.milestones, schedule.cut_to_steps or 0)
+    try:
+        sound = all(abs(number) <= limit for number in numbers)  # not of NaN
+    except TypeError:
+        sound = False
+    if not sound or schedule.length * steps_per_epoch > limit:
+        raise InputError(
+            f"schedule.length {schedule.length}, warmup {schedule.warmup}, milestones"
+            f" {tuple(schedule.milestones)} or cut_to_steps {schedule.cut_to_steps} is no number of"
+            f" at most {limit:,} steps"
+        )
     scale = steps_per_epoch if schedule.unit == "epochs" else 1.0
     if schedule.cut_to_steps is not None and schedule.length > 0:
         scale = schedule.cut_to_steps / schedule.length

@@ -336,11 +336,14 @@ def _to_numpy(content, source):
         raise InputError(f"{source} holds no state dict but a {type(content).__name__}")
     arrays = {}
     for name, tensor in content.items():
-        if hasattr(tensor, "detach"):
-            tensor = tensor.detach().cpu()
-            tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        if hasattr(tensor, "shape"):
-            arrays[name] = np.asarray(tensor)
+        try:
+            if hasattr(tensor, "detach"):
+                tensor = tensor.detach().cpu()
+                tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            if hasattr(tensor, "shape"):
+                arrays[str(name)] = np.asarray(tensor)
+        except (TypeError, RuntimeError) as error:  # sparse, quantized, without data
+            raise InputError(f"{name} in {source} is no plain tensor: {error}") from error
     return arrays
 
 
@@ -403,7 +406,7 @@ def load_torch(
     )
     head = tensors.get(places["params", "head", "kernel"].name)
     if num_classes is None:
-        num_classes = entry.num_classes if head is None else len(head)
+        num_classes = len(head) if head is not None and head.ndim else entry.num_classes
     whole = {place.name for place in places.values()}
     if num_classes != entry.num_classes:
         template, by_library = tables(num_classes)

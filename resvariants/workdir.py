@@ -90,8 +90,17 @@ class Workdir:
 
     def _read_rows(self):
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            if not all(isinstance(row, dict) and isinstance(row["step"], int) for row in rows):
+                raise ValueError("a line is no row")
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"{path} cannot be read: {error}. Take the damaged line out, or start anew in"
+                " another workdir"
+            ) from error
+        return rows
 
     def keep_rows(self, last_step: int) -> None:
         """Drops the rows after `last_step`: the run is about to write them again."""
@@ -130,7 +139,10 @@ def read_config(path: Path) -> ConfigDict:
     """
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no workdir: it has no config.json (train.py makes workdirs)")
-    return ConfigDict(_read_json(path / "config.json"))
+    try:
+        return ConfigDict(_read_json(path / "config.json"))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path / 'config.json'} is no config: {error}") from error
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -177,9 +189,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    return value
 
 
 def _write_json(path, value):

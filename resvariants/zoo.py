@@ -386,7 +386,7 @@ def find(name: str) -> Entry:
         return ZOO[name]
     try:
         entry = _of_another_size(name)
-    except InputError as error:
+    except ValueError as error:  # InputError, or a number too long for Python
         raise InputError(
             f"unknown model {name!r}: {error}; nearest names: {nearest(name, ZOO)}"
         ) from None

@@ -122,6 +122,7 @@ def test_every_call_gives_a_config_of_its_own(name):
         ("model.survival_schedule", ("linear", "uniform")),
         ("dataset.name", sources.DATA_SETS),
         ("dataset.normalisation", NORMALISATIONS),
+        ("dataset.crop", ("random_sized", "scale_jitter")),
         ("schedule.kind", ("piecewise", "cosine")),
         ("schedule.unit", ("steps", "epochs")),
         ("schedule.warmup_kind", ("constant", "linear")),
@@ -130,7 +131,7 @@ def test_every_call_gives_a_config_of_its_own(name):
 )
 def test_default_documents_every_allowed_value(key, allowed):
     source = (ROOT / "configs" / "default.py").read_text()
-    before = r"(?:    #.*\n)?    (?:config\.)?"
+    before = r"(?:    #.*\n)*    (?:config\.)?"
     (line,) = re.findall(rf"^{before}{re.escape(key)} = .*$", source, re.MULTILINE)
     assert DEFAULT[key] in allowed
     for value in allowed:
@@ -159,6 +160,8 @@ HE_2015 = {  # section 4.2
     "dataset.normalisation": "per_pixel_mean",
     "dataset.crop_padding": 4,
     "dataset.flip": True,
+    "dataset.color_jitter": 0.0,
+    "dataset.lighting": 0.0,
     "dataset.validation_size": 0,
     "label_smoothing": 0.0,
     "model.survival_probability": 1.0,
@@ -210,11 +213,15 @@ PAPERS = {
         "schedule.milestones": (250, 375),
         "model.survival_probability": 0.5,
     },
-    # He et al. 2016, appendix.
+    # He et al. 2016, appendix; crops and colours He et al. 2015, 3.4.
     "imagenet": HE_2015
     | {
         "dataset.name": "imagenet2012",
-        "dataset.normalisation": "channel",
+        "dataset.normalisation": "imagenet",
+        "dataset.image_size": 224,
+        "dataset.crop": "scale_jitter",
+        "dataset.shorter_side": (256, 480),
+        "dataset.lighting": 0.1,
         "dataset.crop_padding": 0,
         "batch_size": 256,
         "schedule.unit": "epochs",
@@ -236,6 +243,7 @@ SRIVASTAVA_2015 = {
     "schedule.learning_rate": 0.025,
     "schedule.milestones": (100_000, 150_000, 175_000),
 }
+FB = TORCH | {"dataset.crop": "random_sized", "dataset.color_jitter": 0.4, "dataset.lighting": 0.1}
 CONVENTION = {
     "dataset.normalisation": "channel",
     "optimizer.weight_decay": 5e-4,
@@ -248,7 +256,10 @@ SKIPPING_152 = {
     "dataset.name": "imagenet2012",
     "dataset.validation_size": 0,
     "dataset.crop_padding": 0,
-    "dataset.normalisation": "channel",
+    "dataset.normalisation": "imagenet",
+    "dataset.crop": "random_sized",
+    "dataset.color_jitter": 0.4,
+    "dataset.lighting": 0.1,
     "schedule.length": 120,
     "schedule.milestones": (30, 60, 90),
 }
@@ -275,16 +286,18 @@ OWN = {
     ("stochastic_depth", "resnet152"): SKIPPING_152,
     ("stochastic_depth", "preact_resnet200"): SKIPPING_152,
     ("imagenet", "preact_resnet200"): {},
-    ("imagenet", "resnext50_32x4d"): TORCH
+    ("imagenet", "resnext50_32x4d"): FB
     | {"schedule.length": 100, "schedule.milestones": (30, 60, 90)},
-    ("imagenet", "densenet121"): TORCH,
+    ("imagenet", "densenet121"): FB,
     ("imagenet", "vgg19_bn"): {
+        "dataset.shorter_side": (256, 512),
         "optimizer.weight_decay": 5e-4,
         "schedule.length": 74,
         "schedule.learning_rate": 0.01,
         "schedule.milestones": (20, 40, 60),
     },
     ("imagenet", "alexnet"): {
+        "dataset.shorter_side": (256, 256),
         "batch_size": 128,
         "optimizer.weight_decay": 5e-4,
         "schedule.learning_rate": 0.01,
@@ -294,6 +307,8 @@ OWN = {
     ("cifar10", "highway_fc50"): SRIVASTAVA_2015,
     ("cifar10", "plain_fc50"): SRIVASTAVA_2015,
     ("imagenet", "googlenet"): {
+        "dataset.crop": "random_sized",
+        "dataset.color_jitter": 0.4,
         "batch_size": 32,
         "optimizer.weight_decay": 2e-4,
         "schedule.length": 250,

@@ -183,7 +183,7 @@ def test_images_that_are_all_one_grey_stay_finite(kind):
 
 def test_an_unknown_normalisation_is_answered_with_the_allowed_ones():
     with pytest.raises(InputError, match="allowed: channel, imagenet, none, per_pixel_mean"):
-        normalisation("whiten", make_split(2).images)
+        normalisation("whiten", make_split(2), 2)
 
 
 # Augmentation

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -247,12 +248,13 @@ def test_gates_of_another_shape_are_refused(shape, units):
         check_gates(gates, units)
 
 
+depths = st.sampled_from((1, 2, 3, 9, 54, 333, 600))  # each compiles its own
 # (In float32, 1 - 1e-8 is 1.)
 finals = st.floats(1e-6, 1) | st.sampled_from((0.0, -1e-9, 1 + 1e-9, math.nan, math.inf, 2.0))
 
 
 @examples(80)
-@given(st.sampled_from(("linear", "uniform", "cubic")), st.integers(1, 600), finals)
+@given(st.sampled_from(("linear", "uniform", "cubic")), depths, finals)
 def test_survival_lies_in_the_unit_interval_and_never_grows_with_depth(kind, units, final):
     if kind == "cubic" or not 0 < final <= 1:
         with pytest.raises(InputError, match="survival"):
@@ -275,13 +277,15 @@ def test_an_exact_draw_keeps_that_many(seed, kept):
 
 # Networks that are traced in less than a second; the others are like them.
 QUICK = [
-    name for name in ZOO if not name.startswith(("densenet", "resnext")) and "1001" not in name
+    name
+    for name in ZOO
+    if not name.startswith(("densenet", "resnext")) and not re.search("50|1[056]|200|1001", name)
 ]
 OTHER_SIZES = ["resnet8", "plain8", "preact_resnet14", "resnet11_bottleneck", "highway_fc3"]
 OTHER_SIZES += ["resnext11_2x4d", "densenet10_k4", "cifar_resnet50"]
 
 
-@examples(45)
+@examples(20)
 @given(
     st.sampled_from(QUICK + OTHER_SIZES),
     st.tuples(st.integers(1, 64), st.integers(1, 64), st.sampled_from((1, 3))),
@@ -373,7 +377,7 @@ def set_up_or_refuse(changes):
         return None
 
 
-@examples(250)
+@examples(150)
 @given(assignments)
 @example({"schedule.milestones": (math.nan,)})
 @example({"schedule.milestones": (10**400,)})
@@ -392,7 +396,7 @@ def test_only_keys_that_may_be_unset_can_be_none():
     for key in flat(TINY):
         config = copy.deepcopy(TINY)
         config.update_from_flattened_dict({key: None})
-        with contextlib.suppress(InputError, TypeError):
+        with contextlib.suppress(InputError):
             loop.set_up(config)
             accepted.add(key)
     assert accepted == {key for key, value in flat(TINY).items() if value is None}

@@ -34,6 +34,15 @@ def run(main: Callable[[], object]) -> None:
         leave(2, f"error: {error}")
     except RunError as error:
         leave(1, f"stopped: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = str(error).splitlines()[0]
+        leave(
+            1,
+            f"stopped: the processes of this run have lost each other ({reason}). The same command"
+            " goes on from the last checkpoint",
+        )
     except Interrupted as error:
         leave(128 + error.signal, str(error))
     except KeyboardInterrupt:

@@ -63,6 +63,7 @@ class Checkpoints:
             create=False,
             multiprocessing_options=alone,
         )
+        self._saving: tuple[int, Any, str] | None = None  # what is being saved, or was last
         self._open()
 
     def _open(self):
@@ -100,14 +101,31 @@ class Checkpoints:
             {"layout": layout(tree), "checksums": _checksums(tree), "counters": counters}
         )
         with _writing(self.directory):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
-                    # As text beside its checksum: a damaged number is still JSON.
-                    meta=ocp.args.JsonSave({"text": meta, "checksum": zlib.crc32(meta.encode())}),
-                ),
-            )
+            self._wait()
+            self._saving = step, tree, meta
+            self._start()
+
+    def _start(self):
+        step, tree, meta = self._saving
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree),
+                # As text beside its checksum: a damaged number is still JSON.
+                meta=ocp.args.JsonSave({"text": meta, "checksum": zlib.crc32(meta.encode())}),
+            ),
+        )
+
+    def _wait(self):
+        try:
+            self._manager.wait_until_finished()
+        except TimeoutError:
+            # Orbax measures its patience by the wall clock, and that may have jumped.
+            self._manager.close()
+            self._open()
+            if self._saving is not None and self._saving[0] not in self.steps:
+                self._start()
+                self._manager.wait_until_finished()
 
     def restore(self, state: Any, step: int | None = None) -> Restored:
         """The newest state, or that of `step`, shaped like `state` (arrays or shapes).
@@ -199,7 +217,7 @@ class Checkpoints:
         """
         with _writing(self.directory):
             try:
-                self._manager.wait_until_finished()
+                self._wait()
             finally:
                 self._manager.close()
 

@@ -222,6 +222,7 @@ class TrainingBatches:
     ):
         """Moves `split` to the devices."""
         self.size = split.size
+        self.waited = 0.0  # for nothing, ever: the images are there
         check_fits(batch_size, self.size)
         self._batch_size = batch_size
         self._key = data_key(seed)

@@ -88,6 +88,7 @@ LIMITS = (
             "model.name",
             "dataset.name",
             "dataset.data_dir",
+            "dataset.crop",
             "optimizer.weight_decay_parameters",
             "compilation_cache",
         ),
@@ -168,7 +169,8 @@ class Setup(NamedTuple):
     Attributes:
       splits: "train", "test" and perhaps "validation".
       training_batches: has `iterate(start, stop)`, which gives the batch of every step from `start`
-        on and the indices of images in it that cannot be read, or None if there can be none.
+        on and the indices of images in it that cannot be read, or None if there can be none; and
+        `waited`, the seconds that it took because images were not there yet.
       evaluation_batches: `(split, batch_size, sharding)` -> the same of every image once.
       new_state: an untrained state.
     """
@@ -393,7 +395,7 @@ class Log:
         self._clock = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """So long the device may have had nothing to do: the next batch was not there yet."""
+        """For so long the next batch was not there yet."""
         self._waited += seconds
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -627,9 +629,9 @@ class _Run:
                     if pending:
                         self.settle(*pending)
                     self.stop(step - 1, state)
-                clock = time.perf_counter()
+                before = self.batches.waited
                 batch, corrupt = next(stream)
-                log.waited(time.perf_counter() - clock)
+                log.waited(self.batches.waited - before)
                 state, metrics = self.compiled(state, parallel.split(batch))
                 if pending:
                     # One step late, so that the device has its next step while the host waits.

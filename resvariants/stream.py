@@ -250,8 +250,10 @@ def _start_worker(parent: int, *_) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _read_ahead(reader: Any, numbers: range, workers: int) -> Generator[dict[str, np.ndarray]]:
-    # `reader` of each number, by so many worker processes, or by threads of this one.
+def read_ahead(reader: Any, numbers: range, workers: int) -> Generator[dict[str, np.ndarray]]:
+    """`reader(number)` for each of the numbers, in order, read ahead by so many worker processes;
+    by threads of this one if there are none.
+    """
     import grain
 
     threads = 1 if workers else (os.cpu_count() or 1)
@@ -283,7 +285,11 @@ def _gather(local: dict[str, np.ndarray], batch_size: int, sharding: NamedShardi
 
 
 class StreamedBatches:
-    """The endless stream of training batches of a `Stream`, from any step on."""
+    """The endless stream of training batches of a `Stream`, from any step on.
+
+    Attributes:
+      waited: for so many seconds the next batch was not there when it was asked for.
+    """
 
     def __init__(
         self,
@@ -314,6 +320,7 @@ class StreamedBatches:
         rows = local_rows(sharding, batch_size)
         self._reader = TrainingReader(split, batch_size, rows, seed, image_size, crop)
         self._workers, self._sharding = workers, sharding
+        self.waited = 0.0
         key = jax.random.split(data_key(seed))[1]
 
         @partial(jax.jit, out_shardings=({"image": sharding, "label": sharding}, replicated))
@@ -328,8 +335,11 @@ class StreamedBatches:
     def iterate(self, start: int, stop: int) -> Generator[tuple[dict[str, jax.Array], jax.Array]]:
         """The batches of steps `start` to `stop`, each with the `corrupt` of all its rows."""
         steps = range(start, stop)
-        with closing(_read_ahead(self._reader, steps, self._workers)) as batches:
-            for step, local in zip(steps, batches, strict=True):
+        with closing(read_ahead(self._reader, steps, self._workers)) as batches:
+            for step in steps:
+                clock = time.perf_counter()
+                local = next(batches)
+                self.waited += time.perf_counter() - clock
                 gathered = _gather(local, self._reader.batch_size, self._sharding)
                 yield self._prepare(gathered, np.int32(step))
 
@@ -363,7 +373,7 @@ def streamed_evaluation_batches(
     everywhere = jax.jit(lambda x: x, out_shardings=replicated)
     numbers = range(-(-split.size // batch_size))
     # By threads: starting processes for every evaluation would take longer than most.
-    with closing(_read_ahead(reader, numbers, 0)) as batches:
+    with closing(read_ahead(reader, numbers, 0)) as batches:
         for local in batches:
             gathered = _gather(local, batch_size, sharding)
             corrupt = everywhere(gathered.pop("corrupt"))

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,19 +35,20 @@ def run(main: Callable[[], object]) -> None:
         leave(2, f"error: {error}")
     except RunError as error:
         leave(1, f"stopped: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized():
-            raise
-        reason = str(error).splitlines()[0]
-        leave(
-            1,
-            f"stopped: the processes of this run have lost each other ({reason}). The same command"
-            " goes on from the last checkpoint",
-        )
     except Interrupted as error:
         leave(128 + error.signal, str(error))
     except KeyboardInterrupt:
         leave(130, "interrupted: the same command goes on from the last checkpoint")
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        reason = str(error).split("\n")[0]
+        leave(
+            1,
+            f"stopped: {reason}. If another process of this run has ended, its output says why. The"
+            " same command goes on from the last checkpoint",
+        )
 
 
 def leave(status: int, message: str) -> NoReturn:

@@ -164,3 +164,17 @@ def test_a_single_process_joins_nobody(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     start()
     start(None, 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_process_dies_the_others_end(killed, tmp_path):
+    processes = training(tmp_path / "run", 2, 1)
+    while saved(tmp_path / "run") == 0:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[killed].kill()
+    output, _ = processes[1 - killed].communicate(timeout=120)
+    assert processes[1 - killed].returncode not in (0, None)
+    assert "The same command goes on from the last checkpoint" in output
+    processes[killed].communicate()

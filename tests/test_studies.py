@@ -24,6 +24,7 @@ import paths
 import responses
 import stochastic_depth
 import study
+import sweep
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -304,3 +305,52 @@ def test_a_spec_names_config_model_and_changes():
     assert config.schedule.cut_to_steps == 7
     other = study.recipe("configs/stochastic_depth.py:resnet14", args, 0)
     assert other.model.survival_probability == 0.5
+
+
+def test_a_sweep_trains_its_grid_and_compares_what_has_not_diverged(tmp_path, start):
+    arguments = ["--models", "resnet8", "--steps=3", f"--out={tmp_path / 'sweep'}"]
+    arguments += ["--set", "batch_size=16", "schedule.warmup=0"]
+    arguments += ["--grid", "schedule.learning_rate=0.1,1e30", "--seeds", 0, 1]
+    start(sweep, *arguments)
+    report = check_report(
+        tmp_path / "sweep",
+        "| resnet8,schedule.learning_rate=0.1 |",
+        "Not finished:",
+        "- resnet8,schedule.learning_rate=1e30, seed 1: step",
+    )
+    assert "| resnet8,schedule.learning_rate=1e30 |" not in report
+    result = tmp_path / "sweep" / "resnet8,schedule.learning_rate=0.1" / "seed1" / "result.json"
+    before = result.stat().st_mtime_ns
+    assert "seed 1 (2 of 4)" not in start(sweep, *arguments)
+    assert result.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--grid", "schedule.learning_rat=1,2"], "unknown config key 'schedule.learning_rat'"),
+        (["--grid", "seed="], "give it as KEY=VALUE,VALUE"),
+        (["--grid", "batch_size=16,big"], "batch_size=big"),
+        (["--grid", "batch_size=16,16"], "each can be there once"),
+        (["--slurm", "nodes"], "give it as KEY=VALUE"),
+    ],
+)
+def test_a_sweep_refuses_what_cannot_be(arguments, says, tmp_path, start):
+    with pytest.raises(InputError, match=says):
+        start(sweep, "--models", "resnet8", f"--out={tmp_path / 'sweep'}", *arguments)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_job_is_the_command_that_trains_the_same_config(tmp_path):
+    """The workdir refuses another config, so the command's must be the job's, to the letter."""
+    spec = "resnet8,schedule.learning_rate=0.5"
+    arguments = ["--out", str(tmp_path), "--steps", "1", "--set", "batch_size=8", "seed=3"]
+    arguments += ["--set", "batch_size=8", "schedule.milestones=(1,2)", "dataset.flip=True"]
+    parser = study.argparse.ArgumentParser()
+    study.add_training_arguments(parser)
+    (job,) = study.jobs([spec], parser.parse_args(arguments))
+    with loop.Workdir(job.path, job.config).writing():
+        pass
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run(sweep.command(job, "configs/digits.py"), cwd=ROOT, env=environment, check=True)
+    assert study.read_run(job.path).result["steps"] == 1

@@ -53,9 +53,10 @@ def run(main: Callable[[], object]) -> None:
 
 def leave(status: int, message: str) -> NoReturn:
     """Ends the program with a message on stderr, from one process if there are several."""
-    if is_main() or status == 1:
+    alone = status in (1, 130)
+    if is_main() or alone:
         print(message, file=sys.stderr)
-    if jax.distributed.is_initialized() and status == 1:
+    if jax.distributed.is_initialized() and alone:
         # The others are in the middle of a step; they would wait for this one, and it for them.
         sys.stderr.flush()
         os._exit(status)

@@ -10,6 +10,7 @@ random JPEGs of 500 by 400 pixels, or of a data set that prepare.py wrote.
 
 import argparse
 import hashlib
+import shutil
 import statistics
 import time
 from contextlib import closing
@@ -51,6 +52,7 @@ def make_folder(args: argparse.Namespace) -> None:
       InputError: it is not said of what.
     """
     temporary = args.folder.with_name(args.folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     if args.write:
         source = sources.load(args.write, args.data_dir)
         for name, split in (("train", source.train), ("val", source.test)):

@@ -196,6 +196,20 @@ def jobs(
     return found
 
 
+def train_jobs(
+    wanted: Sequence[Job], diverged: Callable[[Job, loop.TrainingDiverged], object]
+) -> None:
+    """Trains what is not finished, one after the other; `diverged` hears of what cannot be."""
+    for number, job in enumerate(wanted, 1):
+        if not job.finished:
+            print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
+            try:
+                loop.train(job.config, job.path)
+            except loop.TrainingDiverged as error:
+                diverged(job, error)
+            jax.clear_caches()
+
+
 def train_networks(
     specs: Sequence[str],
     args: argparse.Namespace,
@@ -212,17 +226,13 @@ def train_networks(
       TrainingDiverged: with the network's name.
     """
     wanted = jobs(specs, args, check, **changes)
-    for number, job in enumerate(wanted, 1):
-        if not job.finished:
-            print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
-            try:
-                loop.train(job.config, job.path)
-            except loop.TrainingDiverged as error:
-                raise loop.TrainingDiverged(
-                    f"{job.spec}, seed {job.seed}: {error}. Leave it out, or change its recipe with"
-                    " --set"
-                ) from None
-            jax.clear_caches()
+
+    def give_up(job, error):
+        raise loop.TrainingDiverged(
+            f"{job.spec}, seed {job.seed}: {error}. Leave it out, or change its recipe with --set"
+        ) from None
+
+    train_jobs(wanted, give_up)
     return {spec: [read_run(job.path) for job in wanted if job.spec == spec] for spec in specs}
 
 
@@ -261,7 +271,10 @@ def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, A
     yield 0, on_one_device(setup, setup.new_state())[1]
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
+        every = max(1, round(run.config.checkpoint_every_epochs * setup.steps_per_epoch))
         for step in checkpoints.steps:
+            if step % every and step != setup.total_steps:
+                continue  # saved because the run was asked to stop there
             yield step, on_one_device(setup, checkpoints.restore(shapes, step).state)[1]
 
 

@@ -13,8 +13,8 @@ table of all that are finished comes at the end.
 
 import argparse
 import ast
+import contextlib
 import itertools
-import json
 import signal
 import subprocess
 import sys
@@ -22,13 +22,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from commandline import check_key, run
 from compare import compare
-from study import Job, add_training_arguments, base_recipe, jobs, read_run
+from study import Job, add_training_arguments, base_recipe, jobs, read_run, train_jobs
 
-from resvariants import InputError, loop
-from resvariants.workdir import flat
+from resvariants import InputError
+from resvariants.workdir import flat, read_json, write_json
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -71,14 +70,20 @@ class Training:
         self.command = command
 
     def __call__(self) -> None:
-        """Runs it. submitit's warning that time is up is not for the command, which would end: the
-        job is queued again, and the SIGTERM that comes with it lets the command save.
+        """Runs it. When time is up, submitit is told by SIGUSR2, which is not for the command: it
+        would end at once. submitit queues the job again and exits, and the command saves meanwhile.
         """
-        subprocess.run(
-            self.command,
-            check=True,
-            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-        )
+        with subprocess.Popen(
+            self.command, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        ) as process:
+            try:
+                status = process.wait()
+            except SystemExit:
+                process.terminate()
+                process.wait()
+                raise
+        if status:
+            raise subprocess.CalledProcessError(status, self.command)
 
     def checkpoint(self):
         """What submitit queues when time is up: the same again."""
@@ -99,7 +104,7 @@ def submit(wanted: Sequence[Job], config_file: str, out: Path, options: dict[str
         raise InputError("--slurm needs submitit: pip install -e '.[slurm]'") from error
     folder = out / "slurm"
     remembered = folder / "jobs.json"
-    numbers = json.loads(remembered.read_text()) if remembered.exists() else {}
+    numbers = read_json(remembered) if remembered.exists() else {}
     try:
         waiting = queue()
         # Once time is up a job is queued again, so often.
@@ -108,40 +113,27 @@ def submit(wanted: Sequence[Job], config_file: str, out: Path, options: dict[str
         for job in wanted:
             if not job.finished and numbers.get(str(job.path)) not in waiting:
                 numbers[str(job.path)] = executor.submit(Training(command(job, config_file))).job_id
-                remembered.write_text(json.dumps(numbers))
+                write_json(remembered, numbers)
                 print(f"{job.spec}, seed {job.seed}: job {numbers[str(job.path)]}", flush=True)
     except (OSError, RuntimeError, TypeError, NameError, subprocess.CalledProcessError) as error:
         raise InputError(f"cannot submit to SLURM: {error}") from error
     ours = {numbers[str(job.path)] for job in wanted if not job.finished}
-    left = None
-    while ours & (waiting := queue()):
-        if len(ours & waiting) != left:
-            left = len(ours & waiting)
+    left, waiting = -1, ours
+    while waiting:
+        if len(waiting) != left:
+            left = len(waiting)
             print(f"{left} of {len(ours)} jobs left; their output is in {folder}", flush=True)
-        time.sleep(2)
+        time.sleep(5)
+        with contextlib.suppress(subprocess.CalledProcessError):  # a controller may be busy
+            waiting = ours & queue()
 
 
 def queue() -> set[str]:
     """The numbers of the jobs that wait or run."""
     listed = subprocess.run(
-        ["squeue", "--noheader", "--format=%i"], check=True, capture_output=True, text=True
+        ["squeue", "--me", "--noheader", "--format=%i"], check=True, capture_output=True, text=True
     )
     return set(listed.stdout.split())
-
-
-def train_here(wanted: Sequence[Job]) -> dict[Path, str]:
-    """Trains what is not finished; which runs diverged, and how."""
-    diverged = {}
-    for number, job in enumerate(wanted, 1):
-        if not job.finished:
-            print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
-            try:
-                loop.train(job.config, job.path)
-            except loop.TrainingDiverged as error:
-                diverged[job.path] = str(error)
-                print(f"stopped: {error}")
-            jax.clear_caches()
-    return diverged
 
 
 def main() -> None:
@@ -158,9 +150,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     wanted = jobs(combinations(args.models, args.grid), args)
-    unfinished = {}
+    unfinished: dict[Path, str] = {}
     if args.slurm is None:
-        unfinished = train_here(wanted)
+        train_jobs(wanted, lambda job, error: unfinished.update({job.path: str(error)}))
     else:
         submit(wanted, args.config, args.out, dict(map(_option, args.slurm)))
     networks: dict[str, list] = {}

@@ -63,12 +63,13 @@ class Checkpoints:
             create=False,
             multiprocessing_options=alone,
         )
-        self._saving: tuple[int, Any, str] | None = None  # what is being saved, or was last
+        self._saving: tuple[int, Any, str] | None = None  # what is being saved
         self._open()
 
     def _open(self):
         if not self._options.read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with _writing(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
         try:
             # It reads what Orbax notes about every step.
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
@@ -119,6 +120,7 @@ class Checkpoints:
     def _wait(self):
         try:
             self._manager.wait_until_finished()
+            self._saving = None
         except TimeoutError:
             # Orbax measures its patience by the wall clock, and that may have jumped.
             self._manager.close()
@@ -126,6 +128,7 @@ class Checkpoints:
             if self._saving is not None and self._saving[0] not in self.steps:
                 self._start()
                 self._manager.wait_until_finished()
+                self._saving = None
 
     def restore(self, state: Any, step: int | None = None) -> Restored:
         """The newest state, or that of `step`, shaped like `state` (arrays or shapes).
@@ -159,9 +162,10 @@ class Checkpoints:
             for bad, message in damaged.items():
                 aside = self.directory.with_name("corrupt") / str(bad)
                 say(f"{message}. Going on from step {step}; it is now {aside}")
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                shutil.move(self.directory / str(bad), aside)
+                with _writing(self.directory):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    aside.parent.mkdir(exist_ok=True)
+                    shutil.move(self.directory / str(bad), aside)
             if damaged:  # or Orbax would not save those steps again
                 self._manager.close()
                 self._open()

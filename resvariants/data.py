@@ -106,8 +106,8 @@ class Augmentation(NamedTuple):
         are normalised); 0 for none.
       flip: every other image is mirrored, at random.
       color_jitter: brightness, contrast and saturation each times 1 + U(-j, j).
-      lighting: standard deviation of the noise along the principal components of ImageNet's
-        colours (Krizhevsky et al. 2012, 4.1).
+      lighting: standard deviation of the factors of noise along the principal components of
+        ImageNet's colours (Krizhevsky et al. 2012, 4.1).
     """
 
     crop_padding: int = 0
@@ -134,13 +134,13 @@ def prepared(
     return augment(key, (images - mean) / scale, crop_padding, flip)
 
 
-# Grey as television weighs it, and of the colours of ImageNet's pixels (0 to 1) the principal
-# components with their standard deviations, as fb.resnet.torch has them.
+# Grey as television weighs it, and eigenvectors and eigenvalues of the covariance of ImageNet's
+# colours (0 to 1), as fb.resnet.torch has them.
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
-COMPONENTS = np.array(
+EIGENVECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], np.float32
 )
-DEVIATIONS = np.array([0.2175, 0.0188, 0.0045], np.float32)
+EIGENVALUES = np.array([0.2175, 0.0188, 0.0045], np.float32)
 
 
 def recolour(key: jax.Array, images: jax.Array, jitter: float, lighting: float) -> jax.Array:
@@ -161,8 +161,8 @@ def recolour(key: jax.Array, images: jax.Array, jitter: float, lighting: float) 
             other = (0.0, mean, grey)[kind]
             images = factor * images + (1 - factor) * other
     if lighting:
-        noise = lighting * jax.random.normal(noise_key, (batch, 3)) * DEVIATIONS[None]
-        images += (noise @ COMPONENTS.T).reshape(batch, 1, 1, 3)
+        noise = lighting * jax.random.normal(noise_key, (batch, 3)) * EIGENVALUES[None]
+        images += (noise @ EIGENVECTORS.T).reshape(batch, 1, 1, 3)
     return images
 
 

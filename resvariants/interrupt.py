@@ -58,10 +58,15 @@ class Interrupts:
         self._asked.append(anywhere(self.received != 0))
         return bool(self._asked[0])
 
+    @property
+    def name(self) -> str:
+        """The signal's; SIGTERM if only another process received one."""
+        return signal.Signals(self.received or signal.SIGTERM).name
+
     def _note(self, number, frame):
         self.received = number
         for each in self.SIGNALS:
             signal.signal(each, self._before[each] or signal.SIG_DFL)
         # Not print: the signal may have come in the middle of one.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: saving a checkpoint; once more to leave without\n".encode())
+        os.write(2, f"{name}: saving and stopping; once more to stop without\n".encode())

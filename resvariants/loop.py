@@ -525,6 +525,11 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
             workdir.finish(result, log.rows)
     if is_main():
         print_table(result_table(result))
+    if stopping.received:  # too late for this run, but not for one that would come next
+        raise Interrupted(
+            stopping.received,
+            f"{stopping.name}: too late to stop the run in {path}: it is finished",
+        )
     return result
 
 
@@ -570,11 +575,13 @@ class _Run:
     def __call__(self, compile_seconds):
         config, parallel, total = self.config, self.setup.parallel, self.setup.total_steps
         with ExitStack() as stack:
-            self.checkpoints = None
-            if is_main():
-                self.checkpoints = stack.enter_context(
-                    closing(Checkpoints(self.workdir.checkpoints, config.keep_checkpoints))
-                )
+
+            def opened():
+                folder = self.workdir.checkpoints
+                manager = Checkpoints(folder, config.keep_checkpoints) if is_main() else None
+                return manager and stack.enter_context(closing(manager))
+
+            self.checkpoints = agreed(opened)
             reporter = stack.enter_context(Reporter(total, quiet=not is_main()))
             state, start, counters = self.resume(reporter)
             self.saved = start if counters is not None else None
@@ -610,9 +617,15 @@ class _Run:
 
         found = on_main(read)
         step, counters = found or (0, None)
+        size = self.setup.splits["train"].size
+        if counters and counters.get("images", size) != size:
+            raise InputError(
+                f"the data have changed: {size:,} training images now, {counters['images']:,} when"
+                " this run began. Put them back, or name another workdir"
+            )
         self.workdir.keep_rows(step)
         if found is None:
-            return to_host(self.setup.new_state()), step, counters
+            return from_main(to_host(self.setup.new_state())), step, counters
         if is_main():
             state = held["found"].state
         else:
@@ -675,18 +688,21 @@ class _Run:
 
     def save(self, step, state):
         if self.checkpoints is not None:
-            counters = {**self.log.counters(), "corrupt": self.corrupt and self.corrupt.names}
+            counters = {
+                **self.log.counters(),
+                "images": self.setup.splits["train"].size,
+                "corrupt": self.corrupt and self.corrupt.names,
+            }
             self.checkpoints.save(step, to_host(state), counters)
         self.saved = step
 
     def stop(self, step, state):
         if self.saved != step:
             self.save(step, self.setup.parallel.single(state))
-        name = signal.Signals(self.stopping.received or signal.SIGTERM).name
         raise Interrupted(
             self.stopping.received or signal.SIGTERM,
-            f"{name}: stopped at step {step} of {self.setup.total_steps} and saved there; the same"
-            " command goes on",
+            f"{self.stopping.name}: stopped at step {step} of {self.setup.total_steps} and saved"
+            " there; the same command goes on",
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from resvariants.errors import InputError, check_choice
+from resvariants.errors import InputError, RunError, check_choice
 
 AXIS = "batch"
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def is_main() -> bool:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function()` gives or raises (as InputError) in process 0, in every process.
+    """What `function()` gives or raises (InputError, RunError) in process 0, in every process.
 
     It must be something that JSON knows. Every process calls this at the same point.
     """
@@ -87,14 +87,15 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def agreed(function: Callable[[], T]) -> T:
-    """What `function()` gives; if it raises InputError in one process, all raise it."""
+    """What `function()` gives; if it raises InputError or RunError in one process, all do."""
     if jax.process_count() == 1:
         return function()
     result, message = None, ""
+    kinds = (InputError, RunError)
     try:
         result = function()
-    except InputError as error:
-        message = str(error)
+    except kinds as error:
+        message = f"{kinds.index(type(error) if type(error) in kinds else RunError)}{error}"
     content = np.zeros(4096, np.uint8)
     encoded = np.frombuffer(message.encode()[: content.size], np.uint8)
     content[: encoded.size] = encoded
@@ -104,7 +105,8 @@ def agreed(function: Callable[[], T]) -> T:
     ]
     for number, other in enumerate(messages):
         if other:
-            raise InputError(other if number == 0 else f"process {number}: {other}")
+            says = other[1:] if number == 0 else f"process {number}: {other[1:]}"
+            raise kinds[int(other[0])](says)
     return result  # type: ignore[return-value]
 
 

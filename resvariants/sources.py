@@ -179,20 +179,23 @@ class ImageFolder:
 class Records:
     """A split of a data set that TFDS prepared, its images left encoded."""
 
-    def __init__(self, builder: Any, split: str):
+    def __init__(self, builder: Any, split: str, num_classes: int):
         """Opens nothing yet."""
         import tensorflow_datasets as tfds
 
         skip = {"image": tfds.decode.SkipDecoding()}
         self._split, self._source = split, builder.as_data_source(split, decoders=skip)
+        self._num_classes = num_classes
 
     def __len__(self) -> int:
         """How many images."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        """A record's image, and its label."""
+        """A record's image, and its label. Raises ValueError if there is no such class."""
         example = self._source[int(index)]
+        if not 0 <= example["label"] < self._num_classes:
+            raise ValueError(f"its label is {example['label']}")
         return example["image"], int(example["label"])
 
     def name(self, index: int) -> str:
@@ -204,7 +207,7 @@ class Records:
 
 
 def _records(builder: Any, split: str, entry: DataSet) -> Stream:
-    return _whole(Records(builder, split))
+    return _whole(Records(builder, split, entry.num_classes))
 
 
 def _whole(images: Images) -> Stream:
@@ -223,7 +226,9 @@ def _image_root(data_dir: str | None) -> Path:
 def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"there is no {folder}: images lie there as CLASS/*.jpg")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    # Hidden folders are those of other programs.
+    folders = (entry for entry in os.scandir(folder) if entry.is_dir())
+    names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
     if not names:
         raise InputError(f"{folder} has no folders: images lie there as CLASS/*.jpg")
     return names

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from resvariants.data import Augmentation, check_fits, data_key, prepared
 from resvariants.errors import InputError, RunError, check_choice
+from resvariants.interrupt import Interrupts
 from resvariants.parallel import local_rows
 from resvariants.sources import Stream
 
@@ -233,8 +234,8 @@ class Corrupt:
         if len(self.names) > self._limit:
             raise RunError(
                 f"{len(self.names)} images cannot be read, more than dataset.max_corrupt_images"
-                f" {self._limit}: {', '.join(self.names[-3:])}, ... Mend or remove them, or allow"
-                " more; the same command goes on from the last checkpoint"
+                f" {self._limit}: {', '.join(self.names[-3:])}, ... Allow more, and the run goes on"
+                " from its last checkpoint; or mend them, and start anew"
             )
 
 
@@ -246,7 +247,8 @@ def _end_with(parent: int) -> None:
 
 
 def _start_worker(parent: int, *_) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
+    for number in Interrupts.SIGNALS:  # they may reach all at once, but the parent ends us
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -256,7 +258,7 @@ def read_ahead(reader: Any, numbers: range, workers: int) -> Generator[dict[str,
     """
     import grain
 
-    threads = 1 if workers else (os.cpu_count() or 1)
+    threads = 1 if workers else min(os.cpu_count() or 1, 8)  # each holds a batch, and reads another
     batches = grain.MapDataset.range(numbers.start, numbers.stop).map(reader)
     ahead = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads + 1))
     if workers:
@@ -268,8 +270,15 @@ def read_ahead(reader: Any, numbers: range, workers: int) -> Generator[dict[str,
     try:
         for batch in iterator:
             # Copied out of the memory shared with a worker, which is freed with the original.
-            yield {key: np.array(rows) for key, rows in batch.items()}
+            yield {key: np.array(rows) if workers else rows for key, rows in batch.items()}
             del batch
+    except RunError:
+        raise
+    except RuntimeError as error:
+        raise RunError(
+            f"a process that reads images has ended ({error}). For want of memory? Fewer"
+            " dataset.workers need less; the same command goes on from the last checkpoint"
+        ) from error
     finally:
         iterator.close()
         del iterator, ahead
@@ -344,6 +353,16 @@ class StreamedBatches:
                 yield self._prepare(gathered, np.int32(step))
 
 
+@jax.jit
+def _normalise(images, mean, scale):
+    return (images.astype(np.float32) - mean) / scale
+
+
+@lru_cache
+def _copy_to(sharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
 def streamed_evaluation_batches(
     split: Stream,
     batch_size: int,
@@ -362,20 +381,13 @@ def streamed_evaluation_batches(
     rows = local_rows(sharding, batch_size)
     crop = ten_crop if tenfold else centre
     reader = EvaluationReader(split, batch_size, rows, image_size, crop)
-
-    @partial(jax.jit, out_shardings=sharding)
-    def normalise(images):
-        around = (1,) * (images.ndim - 4)  # of the crops
-        shift, unit = (x.reshape(*around, *x.shape) for x in (mean, scale))
-        return (images.astype(np.float32) - shift) / unit
-
-    replicated = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    everywhere = jax.jit(lambda x: x, out_shardings=replicated)
+    everywhere = _copy_to(NamedSharding(sharding.mesh, PartitionSpec()))
+    around = (1,) * tenfold  # of the crops
+    mean, scale = (x.reshape(*around, *x.shape) for x in (mean, scale))
     numbers = range(-(-split.size // batch_size))
     # By threads: starting processes for every evaluation would take longer than most.
     with closing(read_ahead(reader, numbers, 0)) as batches:
         for local in batches:
             gathered = _gather(local, batch_size, sharding)
             corrupt = everywhere(gathered.pop("corrupt"))
-            image = gathered["image"]
-            yield {**gathered, "image": normalise(image)}, corrupt
+            yield {**gathered, "image": _normalise(gathered["image"], mean, scale)}, corrupt

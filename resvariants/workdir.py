@@ -42,9 +42,9 @@ class Workdir:
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
             raise InputError(f"cannot write workdir {path}: {ancestor} is no writable folder")
         if (path / "config.json").exists():
-            _refuse_differences(path, self._config, _read_json(path / "config.json"))
+            _refuse_differences(path, self._config, read_json(path / "config.json"))
             if (path / "result.json").exists():
-                return _read_json(path / "result.json")
+                return read_json(path / "result.json")
         elif path.exists():
             others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
             if others:
@@ -69,20 +69,21 @@ class Workdir:
     def _locked(self):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.path, os.O_RDONLY)
+            # A file, because file systems of several hosts may not lock folders.
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(f"cannot write workdir {self.path}: {error.strerror}") from error
         try:
             try:  # freed by closing, or by the end of the process, however it ends
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
                     f"another run is writing to {self.path}; wait for it, or name another workdir"
                 ) from None
-            _write_json(self.path / "config.json", self._config)
+            write_json(self.path / "config.json", self._config)
             yield
         finally:
-            os.close(folder)
+            os.close(lock)
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, less a last one that was cut short."""
@@ -128,7 +129,7 @@ class Workdir:
             if "origin" not in result:
                 draw_curves(rows, result["model"], title, self.path / "curves.png")
             write_report(result, self._config, self.path / "report.md")
-        _write_json(self.path / "result.json", result)
+        write_json(self.path / "result.json", result)
 
 
 def read_config(path: Path) -> ConfigDict:
@@ -140,7 +141,7 @@ def read_config(path: Path) -> ConfigDict:
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no workdir: it has no config.json (train.py makes workdirs)")
     try:
-        return ConfigDict(_read_json(path / "config.json"))
+        return ConfigDict(read_json(path / "config.json"))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path / 'config.json'} is no config: {error}") from error
 
@@ -156,7 +157,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the run in {path} is not finished; train.py with the same config goes on with it"
         )
-    return _read_json(path / "result.json")
+    return read_json(path / "result.json")
 
 
 # What changes no result: a run may go on with other values.
@@ -187,7 +188,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: there is none.
+    """
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
@@ -197,7 +203,12 @@ def _read_json(path):
     return value
 
 
-def _write_json(path, value):
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+      RunError: it cannot be written.
+    """
     _write(path, json.dumps(value, indent=2) + "\n")
 
 

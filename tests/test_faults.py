@@ -105,7 +105,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
         with pytest.raises(Interrupted, match=f"stopped at step {step} of {STEPS}") as caught:
             loop.train(config(), tmp_path / "run")
     assert caught.value.signal == number
-    assert f"{number.name}: saving a checkpoint" in capfd.readouterr().err
+    assert f"{number.name}: saving and stopping" in capfd.readouterr().err
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step == step
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     loop.train(config(), tmp_path / "run")
@@ -145,6 +145,65 @@ def test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "of 100000 and saved there; the same command goes on" in output
     assert "Traceback" not in output
+
+
+def test_a_signal_that_comes_too_late_is_no_reason_to_go_on(tmp_path, monkeypatch):
+    """The run is whole, but whoever trains several must not begin the next."""
+    finish = loop.Workdir.finish
+
+    def late(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return finish(*arguments)
+
+    monkeypatch.setattr(loop.Workdir, "finish", late)
+    with pytest.raises(Interrupted, match="it is finished"):
+        loop.train(config(**{"schedule.cut_to_steps": 2}), tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
+    """As SLURM sends it, and a terminal: the workers that read images hear it, too."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        for number in range(16):
+            pixels = np.random.RandomState(number).randint(0, 256, (600, 800, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / "a" / f"{number}.jpg")
+    arguments = {
+        "dataset.name": "image_folder",
+        "dataset.data_dir": tmp_path / "data",
+        "dataset.image_size": 16,
+        "dataset.normalisation": "imagenet",
+        "dataset.workers": 1,
+        "batch_size": 16,
+        "log_every_steps": 1,
+        "schedule.unit": "steps",
+        "schedule.length": 100000,
+    }
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "experiments/train.py",
+            "--config=configs/digits.py:resnet8",
+            f"--workdir={tmp_path / 'run'}",
+            *(f"--config.{key}={value}" for key, value in arguments.items()),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "of 100000 and saved there" in output and "Traceback" not in output
 
 
 # Disks

@@ -985,7 +985,7 @@ def test_an_evaluation_without_a_readable_image_says_so(finished, broken, tmp_pa
         ({"batch_size": 48}, "exceeds the 45 training images"),
         ({"dataset.data_dir": None}, "needs dataset.data_dir"),
         ({"dataset.data_dir": "nowhere"}, "there is no nowhere/train"),
-        ({"dataset.image_size": 0}, "image_size is 0; it must be positive"),
+        ({"dataset.image_size": 0}, "image_size is 0; it must be a positive"),
         ({"dataset.workers": -1}, "workers is -1"),
         ({"dataset.max_corrupt_images": -1}, "max_corrupt_images is -1"),
         ({"dataset.color_jitter": 1.0}, "color_jitter is 1.0; it must be .* below 1"),

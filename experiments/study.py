@@ -110,7 +110,7 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
     _, _, config = base_recipe(spec, args.config)
     given = spec.split(",")[1:]
     values = dict(change.partition("=")[::2] for change in (*args.set, *given))
-    values = {key: _literal(value) for key, value in values.items()}
+    values = {key: literal(value) for key, value in values.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     values["seed"] = seed
     if args.data_dir is not None:
@@ -147,7 +147,8 @@ def base_recipe(spec: str, config_file: str) -> tuple[str, str, ConfigDict]:
         raise InputError(f"{file} is no recipe: {error}") from None
 
 
-def _literal(text):
+def literal(text: str) -> Any:
+    """A value as Python writes it, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
@@ -271,7 +272,7 @@ def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, A
     yield 0, on_one_device(setup, setup.new_state())[1]
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
-        every = max(1, round(run.config.checkpoint_every_epochs * setup.steps_per_epoch))
+        every = setup.steps_in(run.config.checkpoint_every_epochs)
         for step in checkpoints.steps:
             if step % every and step != setup.total_steps:
                 continue  # saved because the run was asked to stop there

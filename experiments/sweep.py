@@ -12,7 +12,6 @@ table of all that are finished comes at the end.
 """
 
 import argparse
-import ast
 import contextlib
 import itertools
 import signal
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from commandline import check_key, run
 from compare import compare
-from study import Job, add_training_arguments, base_recipe, jobs, read_run, train_jobs
+from study import Job, add_training_arguments, base_recipe, jobs, literal, read_run, train_jobs
 
 from resvariants import InputError
 from resvariants.workdir import flat, read_json, write_json
@@ -174,10 +173,7 @@ def _option(text):
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--slurm {text}: give it as KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
+    return key, literal(value)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
-from resvariants.errors import InputError, RunError
+from resvariants.errors import InputError, RunError, first_line
 
 
 class Restored(NamedTuple):
@@ -75,7 +75,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
-                f"the checkpoints in {self.directory} cannot be read ({_first_line(error)}). Delete"
+                f"the checkpoints in {self.directory} cannot be read ({first_line(error)}). Delete"
                 " the newest of these folders to use the one before it."
             ) from error
 
@@ -235,13 +235,9 @@ def _writing(directory):
         raise
     except Exception as error:
         raise RunError(
-            f"a checkpoint in {directory} cannot be written ({_first_line(error)}). Is the disk"
+            f"a checkpoint in {directory} cannot be written ({first_line(error)}). Is the disk"
             " full? Make room, and the same command goes on from the one before"
         ) from error
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
 
 
 class _Unreadable(Exception):
@@ -253,4 +249,4 @@ def _reading(where):
     try:
         yield
     except Exception as error:
-        raise _Unreadable(f"{where} cannot be read ({_first_line(error)})") from error
+        raise _Unreadable(f"{where} cannot be read ({first_line(error)})") from error

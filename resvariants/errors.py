@@ -21,6 +21,11 @@ class RunError(RuntimeError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """An exception's kind and the first line of what it says, for a message."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A comma-separated list of the `known` names most like `name`, best first."""
     return ", ".join(difflib.get_close_matches(name, sorted(known), count, cutoff=0.0))

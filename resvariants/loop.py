@@ -187,6 +187,10 @@ class Setup(NamedTuple):
     evaluation_batches: Callable[[Any, int, Any], Iterator[tuple[dict[str, jax.Array], Any]]]
     new_state: Callable[[], TrainState]
 
+    def steps_in(self, epochs: float) -> int:
+        """How many whole steps so many epochs have, at least one."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
 
 def set_up(config: ConfigDict) -> Setup:
     """Checks a config and loads its data; touches nothing on disk.
@@ -239,7 +243,7 @@ def _set_up(config):
     augmentation = Augmentation(*(dataset[key] for key in Augmentation._fields))
     augmentation.check(channels)
     mean, scale = normalisation(dataset.normalisation, training, channels)
-    shape = {"mean": mean, "scale": scale}
+    pixels = {"mean": mean, "scale": scale}
     layout = {"sharding": parallel.batch_sharding, "replicated": parallel.replicated}
     if data_set.streamed:
         # Not for everybody who trains on digits: Pillow, Grain and their processes.
@@ -251,13 +255,13 @@ def _set_up(config):
             stream.StreamedBatches, image_size=side, crop=crop, workers=dataset.workers
         )
         evaluation = partial(
-            stream.streamed_evaluation_batches, **shape, image_size=side, tenfold=dataset.ten_crop
+            stream.streamed_evaluation_batches, **pixels, image_size=side, tenfold=dataset.ten_crop
         )
     else:
         if dataset.ten_crop:
             raise InputError("dataset.ten_crop is for streamed data sets, whose images are larger")
         batches = TrainingBatches
-        evaluation = partial(evaluation_batches, **shape)
+        evaluation = partial(evaluation_batches, **pixels)
     training_batches = partial(
         batches, training, config.batch_size, config.seed, mean, scale, augmentation, **layout
     )
@@ -567,10 +571,8 @@ class _Run:
     def __init__(self, config, setup, shapes, workdir, batches, compiled, given, stopping):
         self.config, self.setup, self.shapes, self.workdir = config, setup, shapes, workdir
         self.batches, self.compiled, self.given, self.stopping = batches, compiled, given, stopping
-        self.eval_every, self.save_every = (
-            max(1, round(epochs * setup.steps_per_epoch))
-            for epochs in (config.eval_every_epochs, config.checkpoint_every_epochs)
-        )
+        self.eval_every = setup.steps_in(config.eval_every_epochs)
+        self.save_every = setup.steps_in(config.checkpoint_every_epochs)
 
     def __call__(self, compile_seconds):
         config, parallel, total = self.config, self.setup.parallel, self.setup.total_steps

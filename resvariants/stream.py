@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from resvariants.data import Augmentation, check_fits, data_key, prepared
-from resvariants.errors import InputError, RunError, check_choice
+from resvariants.errors import InputError, RunError, check_choice, first_line
 from resvariants.interrupt import Interrupts
 from resvariants.parallel import local_rows
 from resvariants.sources import Stream
@@ -228,8 +228,7 @@ class Corrupt:
                 decode(split.source[index][0])
                 reason = "readable now"
             except Exception as error:
-                words = (str(error).strip() or "?").splitlines()[0][:200]
-                reason = f"{type(error).__name__}: {words}"
+                reason = first_line(error)
             self._say(f"skipped {name} ({reason}), {len(self.names)} of at most {self._limit}")
         if len(self.names) > self._limit:
             raise RunError(

@@ -121,25 +121,32 @@ def test_a_second_signal_acts_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status(tmp_path):
+def begun(workdir, rows, arguments):
+    """A training program, leader of its processes, that has written so many rows."""
     process = subprocess.Popen(
         [
             sys.executable,
             "experiments/train.py",
             "--config=configs/digits.py:resnet8",
-            "--config.schedule.cut_to_steps=100000",
-            f"--workdir={tmp_path / 'run'}",
+            f"--workdir={workdir}",
+            *(f"--config.{key}={value}" for key, value in arguments.items()),
         ],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    return process
+
+
+def test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status(tmp_path):
+    process = begun(tmp_path / "run", 1, {"schedule.cut_to_steps": 100000})
     process.send_signal(signal.SIGTERM)
     _, output = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -181,25 +188,7 @@ def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
         "schedule.unit": "steps",
         "schedule.length": 100000,
     }
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "experiments/train.py",
-            "--config=configs/digits.py:resnet8",
-            f"--workdir={tmp_path / 'run'}",
-            *(f"--config.{key}={value}" for key, value in arguments.items()),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    process = begun(tmp_path / "run", 3, arguments)
     os.killpg(process.pid, signal.SIGTERM)
     _, output = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output

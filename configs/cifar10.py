@@ -10,7 +10,7 @@ Stochastic depth has `configs/stochastic_depth.py`. DenseNets trained without au
 """
 
 from configs import default
-from resvariants import zoo
+from resvariants.networks import zoo
 
 # Nets that start at a rate of 0.01 until they have begun to learn. He et al. 2015 wait for a
 # training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all (and

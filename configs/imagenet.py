@@ -11,7 +11,7 @@ still, the epochs are those of public code, as noted.
 """
 
 from configs import default
-from resvariants import zoo
+from resvariants.networks import zoo
 
 # fb.resnet.torch and what builds on it.
 TORCH = {

@@ -10,12 +10,13 @@ ResNet-152 has the strides in the 3x3 convolutions; `resnet152` has them in the 
 """
 
 from configs import default, imagenet
-from resvariants import zoo
+from resvariants.networks import zoo
+from resvariants.networks.zoo import IMAGENET
 
 
 def get_config(model: str = "resnet110_average"):
     """45,000 CIFAR images for 500 epochs, or 300 with a warm-up at depth 1202; ImageNet for 120."""
-    if zoo.find(model).image_shape == zoo.IMAGENET:
+    if zoo.find(model).image_shape == IMAGENET:
         config = imagenet.get_config(model)
         config.update_from_flattened_dict(imagenet.TORCH)
         config.batch_size = 128

@@ -10,7 +10,7 @@ here 6,000 images are held out at random and the last epoch is reported. Their t
 """
 
 from configs import default
-from resvariants import zoo
+from resvariants.networks import zoo
 
 
 def get_config(model: str = "cifar_resnet152"):

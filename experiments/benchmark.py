@@ -39,10 +39,11 @@ from peers import (
 )
 
 from resvariants import create_model
-from resvariants.layers import NHWC, conv_general_dilated
-from resvariants.parallel import compiler_options
-from resvariants.summary import summarise
-from resvariants.train import TrainState, create_state, eval_step, make_optimizer, train_step
+from resvariants.networks.convolution import NHWC, conv_general_dilated
+from resvariants.networks.summary import summarise
+from resvariants.training.optimizer import make_optimizer
+from resvariants.training.parallel import compiler_options
+from resvariants.training.step import TrainState, create_state, eval_step, train_step
 
 TORCH = importlib.util.find_spec("torch") is not None
 DEPTHS = (
@@ -329,8 +330,9 @@ def families_section(rounds, full):
 
 def input_section(rounds, full):
     """Sampling and augmenting a batch of 128 on the device, beside ResNet-20's step."""
-    from resvariants.data import Augmentation, TrainingBatches
-    from resvariants.sources import Split
+    from resvariants.data.augmentation import Augmentation
+    from resvariants.data.batches import TrainingBatches
+    from resvariants.data.splits import Split
 
     rng = np.random.default_rng(0)
     split = Split(rng.integers(0, 256, (50_000, *CIFAR), np.uint8), np.zeros(50_000, np.int32))

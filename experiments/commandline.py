@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import default
 from resvariants.errors import InputError, RunError, nearest
-from resvariants.interrupt import Interrupted
-from resvariants.parallel import is_main
+from resvariants.interrupts import Interrupted
+from resvariants.processes import is_main
 
 CONFIGS = Path(default.__file__).parent
 

@@ -25,8 +25,8 @@ from study import (
     write_report,
 )
 
-from resvariants.papers import TEST_ERRORS
-from resvariants.report import plot_curves
+from resvariants.networks.papers import TEST_ERRORS
+from resvariants.training.report import plot_curves
 
 MISSION = [
     "resnet110",

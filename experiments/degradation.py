@@ -34,11 +34,14 @@ from study import (
     write_report,
 )
 
-from resvariants import InputError, analysis, create_model, loop
-from resvariants.deepen import deepen
-from resvariants.report import plot_curves
-from resvariants.train import TrainState
-from resvariants.workdir import Workdir
+from resvariants import InputError, create_model
+from resvariants.analysis.deepening import deepen
+from resvariants.analysis.responses import make_layer_gradients
+from resvariants.training import evaluation, loop
+from resvariants.training.report import plot_curves
+from resvariants.training.setup import Setup, set_up
+from resvariants.training.step import TrainState
+from resvariants.training.workdir import Workdir
 
 FAMILIES = ("plain", "resnet", "preact_resnet")
 
@@ -65,9 +68,9 @@ class Deepened(NamedTuple):
     difference: float  # the largest one between logits of the first two
 
 
-def score(setup: loop.Setup, state: TrainState) -> Score:
+def score(setup: Setup, state: TrainState) -> Score:
     """What a network reaches."""
-    evaluate = loop.make_evaluator(setup, 512)
+    evaluate = evaluation.make_evaluator(setup, 512)
     train, test = evaluate(state, "train"), evaluate(state, "test")
     return Score(train["loss"], train["error"], test["error"])
 
@@ -88,7 +91,7 @@ def study_deepening(found: Finished, deep_name: str, args: argparse.Namespace) -
         float(np.abs(logits[0](variables, b["image"]) - logits[1](grown, b["image"])).max())
         for b in batches
     )
-    at_rest = loop.load(found.path)[2]
+    at_rest = evaluation.load(found.path)[2]
     before = score(setup, at_rest), score(setup._replace(model=deeper), at_rest.replace(**grown))
     after = []
     for net, start in ((name, variables), (deep_name, grown)):
@@ -104,24 +107,24 @@ def study_deepening(found: Finished, deep_name: str, args: argparse.Namespace) -
         if Workdir(path, config).result is None:
             print(f"{net}, from the trained {name}:", flush=True)
             loop.train(config, path, start)
-        after.append(score(*loop.load(path)[1:]))
+        after.append(score(*evaluation.load(path)[1:]))
     return Deepened(*before, *after, difference)
 
 
 def gradients_untrained(name: str, args: argparse.Namespace) -> list[float]:
     """Mean magnitude of each convolution's gradient, of 128 training images in one batch."""
     seed = args.seeds[0]
-    setup = loop.set_up(recipe(name, args, seed))
+    setup = set_up(recipe(name, args, seed))
     model, variables = on_one_device(setup, setup.new_state())
     (batch,) = batches_of(setup, "train", 128, 128)
-    return analysis.make_layer_gradients(model)(variables, batch, jax.random.key(seed)).tolist()
+    return make_layer_gradients(model)(variables, batch, jax.random.key(seed)).tolist()
 
 
 def gradients_by_step(found: Finished) -> dict[str, list[float]]:
     """The same of every checkpoint of a run."""
     setup, model, _ = trained(found)
     (batch,) = batches_of(setup, "train", 128, 128)
-    function = analysis.make_layer_gradients(model)
+    function = make_layer_gradients(model)
     key = jax.random.key(found.config.seed)
     return {
         str(step): function(variables, batch, key).tolist()

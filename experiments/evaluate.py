@@ -7,7 +7,7 @@ import argparse
 
 from commandline import run
 
-from resvariants import loop
+from resvariants.training import evaluation
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="test, validation or train")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
     args = parser.parse_args()
-    values = loop.evaluate(args.workdir, args.split, args.data_dir)
+    values = evaluation.evaluate(args.workdir, args.split, args.data_dir)
     print(
         f"{args.workdir} at step {values['step']}, {values['images']:,} {args.split} images:"
         f" loss {values['loss']:.4f}, error {values['error']:.2f} %"

@@ -25,8 +25,8 @@ from study import (
 )
 
 from resvariants import create_model
-from resvariants.sources import find
-from resvariants.summary import summarise
+from resvariants.data.sets import find
+from resvariants.networks.summary import summarise
 
 # A laptop's: the cost of the cardinalities is equal within 5 %.
 GROUPS = {

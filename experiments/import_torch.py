@@ -15,9 +15,10 @@ from absl import flags
 from commandline import run_with_config
 from ml_collections import config_flags
 
-from resvariants import loop, sources
-from resvariants.report import print_table, result_table
-from resvariants.weights import load_torch
+from resvariants.data import sets
+from resvariants.training import evaluation
+from resvariants.training.report import print_table, result_table
+from resvariants.weights.convert import load_torch
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/FILE.py:MODEL")
 WEIGHTS = flags.DEFINE_string("weights", None, "The file with the state dict.")
@@ -28,7 +29,7 @@ flags.mark_flags_as_required(["config", "weights", "workdir"])
 def main() -> None:
     """Reads the weights, measures their errors and writes the workdir."""
     path, config = Path(WEIGHTS.value), CONFIG.value
-    data_set = sources.find(config.dataset.name)
+    data_set = sets.find(config.dataset.name)
     variables = load_torch(
         config.model.name,
         path,
@@ -37,7 +38,7 @@ def main() -> None:
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     origin = {"file": path.name, "sha256": digest}
-    print_table(result_table(loop.adopt(config, WORKDIR.value, variables, origin)))
+    print_table(result_table(evaluation.adopt(config, WORKDIR.value, variables, origin)))
 
 
 if __name__ == "__main__":

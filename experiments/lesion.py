@@ -31,22 +31,28 @@ from study import (
     write_report,
 )
 
-from resvariants import InputError, analysis
-from resvariants.train import eval_step
+from resvariants import InputError
+from resvariants.analysis.lesions import (
+    count_units,
+    first_units,
+    make_errors,
+    reordered,
+)
+from resvariants.training.step import eval_step
 
 
 def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     """All figures of one network: `baseline`, `single`, `many` (by number), `swaps`, `seconds`."""
-    total = analysis.count_units(run.model)
-    errors = analysis.make_errors(run.model, run.batches)
+    total = count_units(run.model)
+    errors = make_errors(run.model, run.batches)
 
     def without(*deleted):
-        return errors(run.variables, analysis.without(total, deleted))
+        return errors(run.variables, without(total, deleted))
 
     def swapped(swaps, repeat):
         rng = np.random.default_rng([args.seed, swaps, repeat])
-        order = analysis.swapped(run.model, swaps, rng)
-        variables = analysis.reordered(run.model, run.variables, order)
+        order = swapped(run.model, swaps, rng)
+        variables = reordered(run.model, run.variables, order)
         return [
             float(kendalltau(np.arange(total), order).statistic),
             errors(variables, order=order),
@@ -94,7 +100,7 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
         "many": {n: [found["many", n, r] for r in repeats] for n in numbers},
         "swaps": [values for job, values in found.items() if job[0] == "swaps"],
         "seconds": found["times",],
-        "edges": analysis.first_units(run.model),
+        "edges": first_units(run.model),
         "images": run.images,
     }
 
@@ -197,10 +203,10 @@ def main() -> None:
         raise InputError("--images, --max_deletions and --repeats are at least 1")
     runs = [load_run(workdir, args.images, args.data_dir) for workdir in args.workdirs]
     for run_ in runs:
-        if args.max_deletions > analysis.count_units(run_.model):
+        if args.max_deletions > count_units(run_.model):
             raise InputError(
                 f"--max_deletions {args.max_deletions}: {run_.name} has only"
-                f" {analysis.count_units(run_.model)} units"
+                f" {count_units(run_.model)} units"
             )
     remember = Remembered(args.out / "lesions.jsonl")
     results = {run_.name: study(run_, remember, args) for run_ in runs}

@@ -29,8 +29,11 @@ from study import (
     write_report,
 )
 
-from resvariants import InputError, analysis, loop
-from resvariants.workdir import read_config
+from resvariants import InputError
+from resvariants.analysis.lesions import make_errors, residual_scales
+from resvariants.analysis.paths import make_path_gradients
+from resvariants.training import loop
+from resvariants.training.workdir import read_config
 
 
 def shortest_range(contributions: np.ndarray, share: float) -> tuple[int, int]:
@@ -74,7 +77,7 @@ def train_effective(args: argparse.Namespace, total: int) -> list[str]:
     effective = read_run(args.out / "effective")
     studied = load_run(args.out / "effective", 10**9, args.data_dir)
     # As if it were of constant depth: with none of its residuals scaled.
-    unscaled = analysis.make_errors(studied.model.clone(survival_probability=1.0), studied.batches)
+    unscaled = make_errors(studied.model.clone(survival_probability=1.0), studied.batches)
     rows = [
         [f"all {total} units", full.result["train_error"], full.result["test_error"], "6.10"],
         [
@@ -116,8 +119,8 @@ def main() -> None:
         raise InputError("--images and --samples are at least 1")
     studied = load_run(args.workdir, args.images, args.data_dir, batch_size=args.images)
     model, (batch,) = studied.model, studied.batches
-    gradient = analysis.make_path_gradients(model)
-    if args.train_effective and (analysis.residual_scales(model) != 1).any():
+    gradient = make_path_gradients(model)
+    if args.train_effective and (residual_scales(model) != 1).any():
         raise InputError(f"--train_effective: {studied.name} has no full net to compare with")
     remember = Remembered(args.out / "paths.jsonl")
     total = model.num_units

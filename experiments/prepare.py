@@ -8,18 +8,18 @@ import argparse
 import tensorflow_datasets as tfds
 from commandline import run
 
-from resvariants import sources
+from resvariants.data import preparation, sets
 
 
 def main() -> None:
     """Prepares the named data set and prints where it is and what it holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    stored = [name for name, entry in sources.DATA_SETS.items() if entry.stored_as]
+    stored = [name for name, entry in sets.DATA_SETS.items() if entry.stored_as]
     parser.add_argument("name", help=", ".join(stored))
     parser.add_argument("--data_dir", help="where to prepare it (default: TFDS's own directory)")
     parser.add_argument("--archive_dir", help="holds the official archive: nothing is downloaded")
     args = parser.parse_args()
-    directory = sources.prepare(args.name, args.data_dir, args.archive_dir)
+    directory = preparation.prepare(args.name, args.data_dir, args.archive_dir)
     splits = tfds.builder_from_directory(directory).info.splits
     counts = ", ".join(f"{split.num_examples:,} {name}" for name, split in splits.items())
     print(f"{directory}: {counts} images")

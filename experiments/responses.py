@@ -25,7 +25,8 @@ from study import (
     write_report,
 )
 
-from resvariants import InputError, analysis
+from resvariants import InputError
+from resvariants.analysis.responses import make_layer_responses
 
 MODELS = ["plain20", "plain56", "resnet20", "resnet56", "resnet110"]
 
@@ -33,7 +34,7 @@ MODELS = ["plain20", "plain56", "resnet20", "resnet56", "resnet110"]
 def responses(found: Finished, args: argparse.Namespace) -> np.ndarray:
     """Of each layer of the trained network, over the first test images in one batch."""
     setup, model, variables = trained(found, args.data_dir)
-    function = analysis.make_layer_responses(model)
+    function = make_layer_responses(model)
     (batch,) = batches_of(setup, "test", args.images, args.images)
     return np.asarray(function(variables, batch["image"]))
 
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.images < 1:
         raise InputError("--images is at least 1")
-    networks = chosen_networks(args, analysis.make_layer_responses)
+    networks = chosen_networks(args, make_layer_responses)
     found = {name: [responses(run_, args) for run_ in runs] for name, runs in networks.items()}
 
     figure, (axes,) = new_figure(2)

@@ -34,10 +34,12 @@ from study import (
     write_report,
 )
 
-from resvariants import InputError, analysis, create_model
-from resvariants.gates import SURVIVAL_SCHEDULES, survival_probabilities
-from resvariants.report import plot_curves
-from resvariants.sources import find
+from resvariants import InputError, create_model
+from resvariants.analysis.lesions import is_residual
+from resvariants.analysis.responses import make_layer_gradients
+from resvariants.data.sets import find
+from resvariants.networks.gates import SURVIVAL_SCHEDULES, survival_probabilities
+from resvariants.training.report import plot_curves
 
 DRAWS = 16
 
@@ -48,7 +50,7 @@ def first_gradients(found: Finished) -> dict[str, float]:
     The mean of `DRAWS` batches of 128 training images, each under its own draw of units.
     """
     setup, model, _ = trained(found)
-    function = analysis.make_layer_gradients(model)
+    function = make_layer_gradients(model)
     whole = max(1, min(DRAWS, setup.splits["train"].size // 128))
     batches = batches_of(setup, "train", whole * 128, 128)
     sizes = {}
@@ -128,7 +130,7 @@ def main() -> None:
         raise InputError("--rounds is at least 1")
 
     def check(model):
-        if not analysis.is_residual(model):
+        if not is_residual(model):
             raise InputError(f"--model {args.model} has no residual units to drop")
 
     def spec_of(probability, schedule):

@@ -22,8 +22,13 @@ from PIL import Image
 from study import folder, progress, table, write_report
 
 from configs import imagenet
-from resvariants import InputError, loop, sources, stream
-from resvariants.workdir import Workdir
+from resvariants import InputError
+from resvariants.data import sets
+from resvariants.data.splits import Split
+from resvariants.data.stream import TrainingReader, read_ahead, training_crop
+from resvariants.training import loop
+from resvariants.training.evaluation import describe_devices
+from resvariants.training.workdir import Workdir
 
 
 def write_split(root: Path, images, labels) -> None:
@@ -54,9 +59,9 @@ def make_folder(args: argparse.Namespace) -> None:
     temporary = args.folder.with_name(args.folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     if args.write:
-        source = sources.load(args.write, args.data_dir)
+        source = sets.load(args.write, args.data_dir)
         for name, split in (("train", source.train), ("val", source.test)):
-            if not isinstance(split, sources.Split):
+            if not isinstance(split, Split):
                 raise InputError(f"{args.write} is streamed already")
             write_split(temporary / name, split.images, split.labels)
     elif args.synthetic:
@@ -72,17 +77,17 @@ def digest(batch: dict[str, np.ndarray]) -> str:
     return hashlib.sha256(batch["image"].tobytes() + batch["label"].tobytes()).hexdigest()
 
 
-def reader(args: argparse.Namespace) -> stream.TrainingReader:
+def reader(args: argparse.Namespace) -> TrainingReader:
     """Of ImageNet's crops, in batches of `args.batch_size`."""
-    split = sources.load("image_folder", str(args.folder)).train
-    crop = stream.training_crop("random_sized", (0, 0), args.image_size)
+    split = sets.load("image_folder", str(args.folder)).train
+    crop = training_crop("random_sized", (0, 0), args.image_size)
     rows = np.arange(args.batch_size)
-    return stream.TrainingReader(split, args.batch_size, rows, 0, args.image_size, crop)
+    return TrainingReader(split, args.batch_size, rows, 0, args.image_size, crop)
 
 
 def speed(args: argparse.Namespace, workers: int) -> float:
     """Images per second, once all that is read ahead has been read ahead."""
-    with closing(stream.read_ahead(reader(args), range(10**6), workers)) as ahead:
+    with closing(read_ahead(reader(args), range(10**6), workers)) as ahead:
         for _ in range(4 * max(workers, 1)):
             next(ahead)
         start = time.perf_counter()
@@ -95,7 +100,7 @@ def resumed_alike(args: argparse.Namespace, batches: int) -> bool:
     ways = ((0, 2), (batches // 2, 0), (batches // 2, 1))
     found = []
     for start, workers in ways:
-        with closing(stream.read_ahead(reader(args), range(start, batches), workers)) as ahead:
+        with closing(read_ahead(reader(args), range(start, batches), workers)) as ahead:
             found.append([digest(batch) for batch in ahead])
     return all(after == found[0][batches // 2 :] for after in found[1:])
 
@@ -164,7 +169,7 @@ def main() -> None:
         "",
         f"Random-sized crops of {args.image_size} pixels from {args.folder.name}"
         f" ({reader(args).split.size:,} images), batches of {args.batch_size}; median and extremes"
-        f" of {args.rounds} rounds. {loop.describe_devices()}.",
+        f" of {args.rounds} rounds. {describe_devices()}.",
         "",
         *table(["workers", "images/s", step, "of it waiting for data"], rows),
         "",

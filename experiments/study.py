@@ -21,11 +21,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from resvariants import InputError, loop
-from resvariants.checkpoint import Checkpoints
-from resvariants.parallel import check_batch_size
-from resvariants.train import TrainState
-from resvariants.workdir import Workdir, read_config, read_result
+from resvariants import InputError
+from resvariants.training import evaluation, loop
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.log import TrainingDiverged
+from resvariants.training.parallel import check_batch_size
+from resvariants.training.setup import Setup, set_up
+from resvariants.training.step import TrainState
+from resvariants.training.workdir import Workdir, read_config, read_result
 
 T = TypeVar("T")
 
@@ -124,7 +127,7 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{key}={value}: {error}") from None
     if args.epochs is not None:
-        steps = round(args.epochs * loop.set_up(config).steps_per_epoch)
+        steps = round(args.epochs * set_up(config).steps_per_epoch)
         config.schedule.cut_to_steps = steps
     return config
 
@@ -192,21 +195,19 @@ def jobs(
             finished = Workdir(path, config).result is not None
             if seed == args.seeds[0] and not finished:
                 check_batch_size(config.batch_size)
-                check(loop.set_up(config).model)
+                check(set_up(config).model)
             found.append(Job(spec, seed, path, config, finished))
     return found
 
 
-def train_jobs(
-    wanted: Sequence[Job], diverged: Callable[[Job, loop.TrainingDiverged], object]
-) -> None:
+def train_jobs(wanted: Sequence[Job], diverged: Callable[[Job, TrainingDiverged], object]) -> None:
     """Trains what is not finished, one after the other; `diverged` hears of what cannot be."""
     for number, job in enumerate(wanted, 1):
         if not job.finished:
             print(f"{job.spec}, seed {job.seed} ({number} of {len(wanted)}):", flush=True)
             try:
                 loop.train(job.config, job.path)
-            except loop.TrainingDiverged as error:
+            except TrainingDiverged as error:
                 diverged(job, error)
             jax.clear_caches()
 
@@ -229,7 +230,7 @@ def train_networks(
     wanted = jobs(specs, args, check, **changes)
 
     def give_up(job, error):
-        raise loop.TrainingDiverged(
+        raise TrainingDiverged(
             f"{job.spec}, seed {job.seed}: {error}. Leave it out, or change its recipe with --set"
         ) from None
 
@@ -255,19 +256,19 @@ def chosen_networks(
     return {str(group[0].path): group for group in groups.values()}
 
 
-def on_one_device(setup: loop.Setup, state: TrainState) -> tuple[Any, Any]:
+def on_one_device(setup: Setup, state: TrainState) -> tuple[Any, Any]:
     """The network and its variables for looking into, whatever devices it was trained on."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return setup.model.clone(axis_name=None), jax.device_put(variables, jax.devices()[0])
 
 
-def trained(run: Finished, data_dir: str | None = None) -> tuple[loop.Setup, Any, Any]:
+def trained(run: Finished, data_dir: str | None = None) -> tuple[Setup, Any, Any]:
     """What a run's config stands for, its network and its trained variables."""
-    _, setup, state = loop.load(run.path, data_dir)
+    _, setup, state = evaluation.load(run.path, data_dir)
     return setup, *on_one_device(setup, state)
 
 
-def variables_by_step(run: Finished, setup: loop.Setup) -> Iterator[tuple[int, Any]]:
+def variables_by_step(run: Finished, setup: Setup) -> Iterator[tuple[int, Any]]:
     """The variables of the untrained network, and those of every checkpoint."""
     yield 0, on_one_device(setup, setup.new_state())[1]
     shapes = jax.eval_shape(setup.new_state)
@@ -300,7 +301,7 @@ def load_run(
       batch_size: of the images; None is that of the run's evaluation.
 
     Raises:
-      InputError: no run there or none that is finished, or what `loop.load` raises.
+      InputError: no run there or none that is finished, or what `evaluation.load` raises.
     """
     run = read_run(Path(workdir))
     setup, model, variables = trained(run, data_dir)
@@ -315,7 +316,7 @@ def load_run(
     return Loaded(name, key, images, model, variables, batches)
 
 
-def batches_of(setup: loop.Setup, split: str, images: int, batch_size: int) -> list:
+def batches_of(setup: Setup, split: str, images: int, batch_size: int) -> list:
     """The first `images` images of a split, in evaluation batches on one device."""
     part = setup.splits[split].take(np.arange(images))
     here = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), PartitionSpec("batch"))

@@ -26,7 +26,7 @@ from compare import compare
 from study import Job, add_training_arguments, base_recipe, jobs, literal, read_run, train_jobs
 
 from resvariants import InputError
-from resvariants.workdir import flat, read_json, write_json
+from resvariants.training.workdir import flat, read_json, write_json
 
 TRAIN = Path(__file__).with_name("train.py")
 

@@ -11,7 +11,8 @@ from absl import flags
 from commandline import run_with_config
 from ml_collections import config_flags
 
-from resvariants import loop, parallel
+from resvariants import processes
+from resvariants.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/FILE.py:MODEL")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, new or to be continued.")
@@ -23,7 +24,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     """Joins the run's other processes, if there are any, and trains."""
-    parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     loop.train(CONFIG.value, WORKDIR.value)
 
 

@@ -1,11 +1,11 @@
 """Residual networks for people who study depth. Light to import: JAX and Flax, nothing else."""
 
-from resvariants.blocks import BasicUnit, BottleneckUnit, PlainUnit, Unit
 from resvariants.errors import InputError
-from resvariants.gates import StochasticDepth
-from resvariants.layers import batch_norm
-from resvariants.resnet import ResNet
-from resvariants.zoo import create_model, list_models
+from resvariants.networks.blocks import BasicUnit, BottleneckUnit, PlainUnit, Unit
+from resvariants.networks.gates import StochasticDepth
+from resvariants.networks.normalisation import batch_norm
+from resvariants.networks.resnet import ResNet
+from resvariants.networks.zoo import create_model, list_models
 
 __all__ = [
     "BasicUnit",

@@ -3,8 +3,8 @@
 import sys
 
 from resvariants.errors import InputError
-from resvariants.summary import format_summary
-from resvariants.zoo import find, list_models
+from resvariants.networks.summary import format_summary
+from resvariants.networks.zoo import find, list_models
 
 
 def main(names: list[str]) -> None:

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class UnknownName(InputError):
+    """A name that stands for nothing; one of the user's own modules may give it a meaning."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on; the message says why, and how it may. What it has saved stays.
 
@@ -34,7 +38,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 def check_choice(what: str, name: str, known: Collection[str]) -> str:
     """`name`, if it is one of `known`; otherwise an InputError that gives the allowed values."""
     if not isinstance(name, str) or name not in known:
-        raise InputError(f"unknown {what} {name!r}; allowed: {', '.join(sorted(known))}")
+        raise UnknownName(f"unknown {what} {name!r}; allowed: {', '.join(sorted(known))}")
     return name
 
 

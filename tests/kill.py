@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from absl import logging
 
 from configs import digits
-from resvariants import loop
-from resvariants.checkpoint import Checkpoints
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"schedule.cut_to_steps": 600, "checkpoint_every_epochs": 0.5}
@@ -91,7 +91,7 @@ def contents(workdir):
     """What must be equal: the last checkpoint's arrays, and the rows but for their speed."""
     config = digits.get_config("resnet8")
     config.update_from_flattened_dict(SETTINGS)
-    setup = loop.set_up(config)
+    setup = set_up(config)
     state = Checkpoints(workdir / "checkpoints").restore(setup.new_state()).state
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timings = {"images_per_second", "data_wait"}

@@ -9,9 +9,20 @@ import pytest
 import reference
 from test_resnet import images, random_variables
 
-from resvariants import InputError, analysis, create_model
-from resvariants.classic import VGG
-from resvariants.zoo import cifar_resnet
+from resvariants import InputError, create_model
+from resvariants.analysis.lesions import (
+    count_units,
+    first_units,
+    make_errors,
+    reordered,
+    residual_scales,
+    swapped,
+    without,
+)
+from resvariants.analysis.paths import make_path_gradients, one_path_merge
+from resvariants.analysis.responses import make_layer_gradients, make_layer_responses
+from resvariants.networks.resnet import cifar_resnet
+from resvariants.networks.vgg import VGG
 
 TINY = (8, 8, 3)
 
@@ -29,14 +40,14 @@ def batch(x, labels, mask=None):
 
 def test_errors_count_wrong_answers_of_all_batches_under_their_gates(net):
     model, variables, x = net
-    gates = analysis.without(9, [0, 2, 3, 4, 5, 6, 7, 8])
+    gates = without(9, [0, 2, 3, 4, 5, 6, 7, 8])
     assert gates.tolist() == [False, True] + 7 * [False]
     whole, lesioned = (
         model.apply(variables, x, train=False, gates=g).argmax(-1) for g in (None, gates)
     )
     assert (whole != lesioned).any()  # or the test would see no lesion
     batches = [batch(x, whole), batch(x, lesioned, [True, True, True, False, False, False])]
-    errors = analysis.make_errors(model, batches)
+    errors = make_errors(model, batches)
     wrong = int((whole != lesioned)[:3].sum()), int((whole != lesioned).sum())
     assert errors(variables) == pytest.approx(100 * wrong[0] / 9)
     assert errors(variables, gates) == pytest.approx(100 * wrong[1] / 9)
@@ -46,16 +57,16 @@ def test_lesions_of_stochastic_depth_scale_what_is_left(net):
     model, variables, x = net
     skipping = model.clone(survival_probability=0.5)
     answers = skipping.apply(variables, x, train=False).argmax(-1)
-    assert analysis.make_errors(skipping, [batch(x, answers)])(variables) == 0
-    kept = analysis.without(9, range(1, 9))
+    assert make_errors(skipping, [batch(x, answers)])(variables) == 0
+    kept = without(9, range(1, 9))
     scaled = (1 - 0.5 / 9) * kept
     answers = model.apply(variables, x, train=False, gates=jnp.asarray(scaled)).argmax(-1)
-    assert analysis.make_errors(skipping, [batch(x, answers)])(variables, kept) == 0
+    assert make_errors(skipping, [batch(x, answers)])(variables, kept) == 0
 
 
 def test_every_lesion_uses_the_same_compiled_evaluation(net, caplog):
     model, variables, x = net
-    errors = analysis.make_errors(model, [batch(x, np.zeros(6))])
+    errors = make_errors(model, [batch(x, np.zeros(6))])
 
     def compilations():
         return sum("compilation of jit(step)" in record.message for record in caplog.records)
@@ -64,24 +75,24 @@ def test_every_lesion_uses_the_same_compiled_evaluation(net, caplog):
         errors(variables)
         once = compilations()
         for unit in range(9):
-            errors(variables, analysis.without(9, [unit]))
-        errors(analysis.reordered(model, variables, np.arange(9)))
+            errors(variables, without(9, [unit]))
+        errors(reordered(model, variables, np.arange(9)))
     assert once == compilations() > 0
 
 
 def test_swaps_stay_within_their_stages():
     model = cifar_resnet(32)
-    order = analysis.swapped(model, 20, np.random.default_rng(0))
+    order = swapped(model, 20, np.random.default_rng(0))
     assert sorted(order) == list(range(15)) and (order != np.arange(15)).any()
     assert [order[i] for i in (0, 5, 10)] == [0, 5, 10]
     assert all(order[i] // 5 == i // 5 for i in range(15))
-    assert analysis.swapped(model, 0, np.random.default_rng(0)).tolist() == list(range(15))
+    assert swapped(model, 0, np.random.default_rng(0)).tolist() == list(range(15))
 
 
 def test_a_reordered_net_runs_its_units_in_that_order(net):
     model, variables, x = net
     order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
-    moved = analysis.reordered(model, variables, order)
+    moved = reordered(model, variables, order)
     for stage, k in (("stage1", 0), ("stage3", 0)):
         ours = moved["params"][stage]["rest"]["conv1"]["kernel"]
         theirs = variables["params"][stage]["rest"]["conv1"]["kernel"]
@@ -90,7 +101,7 @@ def test_a_reordered_net_runs_its_units_in_that_order(net):
     tree = jax.tree.map(np.asarray, variables)
     expected = reference.forward(tree, np.asarray(x), stage_sizes=(3, 3, 3))[0]
     assert np.abs(y - expected).max() > 1e-3
-    back = analysis.reordered(model, moved, order)  # swaps undo themselves
+    back = reordered(model, moved, order)  # swaps undo themselves
     jax.tree.map(np.testing.assert_array_equal, back, dict(variables))
 
 
@@ -98,7 +109,7 @@ def test_gradients_of_all_paths_sum_to_the_gradient():
     """The unravelled view: 2^n paths of n units; here with the gradient itself, not its norm."""
     model = cifar_resnet(8, placement="full_preactivation")
     variables, x = random_variables(model, TINY), images(2, *TINY)
-    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
+    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
 
     @partial(jax.jit, static_argnums=0)
     def gradient(model, gates):
@@ -115,8 +126,8 @@ def test_gradients_of_all_paths_sum_to_the_gradient():
 
 def test_norms_of_path_gradients_are_those_of_the_loss(net):
     model, variables, x = net
-    norm = analysis.make_path_gradients(model)
-    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
+    norm = make_path_gradients(model)
+    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
     labels = np.arange(6) % 3
 
     def loss(x, gates):
@@ -135,8 +146,8 @@ def test_norms_of_path_gradients_are_those_of_the_loss(net):
 def test_the_forward_pass_along_one_path_is_the_whole_nets(net, survival):
     model, variables, x = net
     model = model.clone(survival_probability=survival)
-    one_path = model.clone(unit=partial(model.unit, merge=analysis.one_path_merge))
-    scales = analysis.residual_scales(model)
+    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    scales = residual_scales(model)
     assert (scales == 1).all() == (survival == 1)
     gates = jnp.where(jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 1], bool), scales, -scales)
     np.testing.assert_allclose(
@@ -151,18 +162,18 @@ def test_reordered_units_keep_their_survival_probabilities(net):
     model, variables, x = net
     skipping = model.clone(survival_probability=0.5)
     order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
-    moved = analysis.reordered(model, variables, order)
-    scales = jnp.asarray(analysis.residual_scales(skipping))
+    moved = reordered(model, variables, order)
+    scales = jnp.asarray(residual_scales(skipping))
     expected = model.apply(moved, x, train=False, gates=scales[order])
     in_place = model.apply(moved, x, train=False, gates=scales)
     assert np.abs(expected - in_place).max() > 1e-3
-    errors = analysis.make_errors(skipping, [batch(x, expected.argmax(-1))])
+    errors = make_errors(skipping, [batch(x, expected.argmax(-1))])
     assert errors(moved, order=order) == 0
 
 
 def test_first_units_are_where_stages_begin():
-    assert analysis.first_units(create_model("resnet110")).tolist() == [18, 36]
-    assert analysis.first_units(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
+    assert first_units(create_model("resnet110")).tolist() == [18, 36]
+    assert first_units(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
 
 
 def test_responses_are_deviations_after_every_normalisation_in_their_order(net, monkeypatch):
@@ -177,7 +188,7 @@ def test_responses_are_deviations_after_every_normalisation_in_their_order(net, 
     monkeypatch.setattr(reference, "batch_norm", recording)
     tree = jax.tree.map(np.asarray, variables)
     reference.forward(tree, np.asarray(x), stage_sizes=(3, 3, 3))
-    found = analysis.make_layer_responses(model)(variables, x)
+    found = make_layer_responses(model)(variables, x)
     assert found.shape == (19,)
     np.testing.assert_allclose(found, deviations, rtol=1e-4)
 
@@ -185,7 +196,7 @@ def test_responses_are_deviations_after_every_normalisation_in_their_order(net, 
 def test_networks_without_normalisation_have_no_responses():
     model = VGG((1, 1), (4, 4), 5, hidden=())
     with pytest.raises(InputError, match="VGG: responses are measured after BatchNorm"):
-        analysis.make_layer_responses(model)
+        make_layer_responses(model)
 
 
 def test_gradients_of_layers_come_in_the_networks_order(net):
@@ -203,7 +214,7 @@ def test_gradients_of_layers_come_in_the_networks_order(net):
         expected += [stage["first"][name]["kernel"] for name in ("conv1", "conv2")]
         for unit in (0, 1):
             expected += [stage["rest"][name]["kernel"][unit] for name in ("conv1", "conv2")]
-    found = analysis.make_layer_gradients(model)(variables, batch(x, labels), jax.random.key(0))
+    found = make_layer_gradients(model)(variables, batch(x, labels), jax.random.key(0))
     np.testing.assert_allclose(found, [np.abs(grad).mean() for grad in expected], rtol=2e-4)
 
 
@@ -212,7 +223,7 @@ def test_dropped_units_have_no_gradient(net):
     skipping = model.clone(
         survival_probability=1 / 3, survival_schedule="uniform", survival_draw="exact"
     )
-    gradients = analysis.make_layer_gradients(skipping)
+    gradients = make_layer_gradients(skipping)
     found = gradients(variables, batch(x, np.arange(6)), jax.random.key(0))
     of_units = np.asarray(found[1:]).reshape(9, 2)
     assert (of_units > 0).all(axis=1).sum() == 3 and (of_units == 0).all(axis=1).sum() == 6
@@ -220,9 +231,9 @@ def test_dropped_units_have_no_gradient(net):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="DenseNet has no gates"):
-        analysis.count_units(create_model("densenet40_k12"))
+        count_units(create_model("densenet40_k12"))
     for name in ("plain20", "resnet110_exclusive_gating", "densenet40_k12"):
         with pytest.raises(InputError, match="only paths of residual networks"):
-            analysis.make_path_gradients(create_model(name))
+            make_path_gradients(create_model(name))
     with pytest.raises(InputError, match="none has two to swap"):
-        analysis.swapped(VGG((2, 1), (4, 4), 5), 1, np.random.default_rng(0))
+        swapped(VGG((2, 1), (4, 4), 5), 1, np.random.default_rng(0))

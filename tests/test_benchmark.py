@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 from resvariants import create_model
-from resvariants.parallel import compiler_options
-from resvariants.summary import count_parameters
+from resvariants.networks.summary import count_parameters
+from resvariants.training.parallel import compiler_options
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import peers

@@ -11,21 +11,19 @@ from flax import linen as nn
 from test_resnet import check_tree, images, random_variables
 
 from resvariants import InputError, create_model
-from resvariants.blocks import highway_layer
-from resvariants.classic import (
-    INCEPTIONS,
-    VGG,
+from resvariants.networks.alexnet import (
     AlexNet,
-    GoogLeNet,
-    HighwayNet,
     cifar_alexnet,
-    fully_connected_net,
-    halving_max_pool,
     local_response_norm,
     two_tower_alexnet,
 )
-from resvariants.layers import conv
-from resvariants.zoo import find
+from resvariants.networks.blocks import highway_layer
+from resvariants.networks.convolution import conv
+from resvariants.networks.googlenet import INCEPTIONS, GoogLeNet
+from resvariants.networks.highway import HighwayNet, fully_connected_net
+from resvariants.networks.layers import halving_max_pool
+from resvariants.networks.vgg import VGG
+from resvariants.networks.zoo import find
 
 
 class Numpy:

@@ -12,9 +12,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from resvariants import parallel, resnet, sources, train, workdir, zoo
-from resvariants.data import NORMALISATIONS, split_validation
-from resvariants.loop import DTYPES
+from resvariants.data import sets
+from resvariants.data.augmentation import NORMALISATIONS
+from resvariants.data.batches import split_validation
+from resvariants.data.splits import Split
+from resvariants.networks import zoo
+from resvariants.networks.stage import REMAT
+from resvariants.training import workdir
+from resvariants.training.keys import DTYPES
+from resvariants.training.optimizer import make_schedule
+from resvariants.training.parallel import check_batch_size
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -118,9 +125,9 @@ def test_every_call_gives_a_config_of_its_own(name):
     ("key", "allowed"),
     [
         ("model.dtype", DTYPES),
-        ("model.remat", resnet.REMAT),
+        ("model.remat", REMAT),
         ("model.survival_schedule", ("linear", "uniform")),
-        ("dataset.name", sources.DATA_SETS),
+        ("dataset.name", sets.DATA_SETS),
         ("dataset.normalisation", NORMALISATIONS),
         ("dataset.crop", ("random_sized", "scale_jitter")),
         ("schedule.kind", ("piecewise", "cosine")),
@@ -373,7 +380,7 @@ def test_fashion_mnist_has_cifars_recipes(model):
 
 def test_three_hundred_epochs_fall_at_their_half_and_three_quarters():
     schedule = module("cifar10").get_config("resnext29_8x64d").schedule
-    rate, length = train.make_schedule(schedule, 391.0)
+    rate, length = make_schedule(schedule, 391.0)
     assert length == 300 * 391
     steps = [0, 150 * 391 - 1, 150 * 391, 225 * 391 - 1, 225 * 391]
     rates = [rate(step) for step in steps]
@@ -384,7 +391,7 @@ def test_three_hundred_epochs_fall_at_their_half_and_three_quarters():
 @pytest.mark.parametrize("model", WARMED_UP + NOT_WARMED_UP)
 def test_only_the_deepest_nets_start_at_a_tenth_of_the_rate(name, model):
     schedule = module(name).get_config(model).schedule
-    rate, length = train.make_schedule(schedule, 50_000 / 128)
+    rate, length = make_schedule(schedule, 50_000 / 128)
     steps = [0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999]
     start = 0.01 if model in WARMED_UP else 0.1
     expected = [start, start, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
@@ -402,7 +409,7 @@ def test_another_name_of_a_net_gets_the_same_recipe():
 
 def test_svhn_falls_after_epochs_30_and_35_of_50():
     per_epoch = (73_257 + 531_131 - 6_000) / 128
-    rate, length = train.make_schedule(module("svhn").get_config().schedule, per_epoch)
+    rate, length = make_schedule(module("svhn").get_config().schedule, per_epoch)
     assert length == round(50 * per_epoch)
     edges = [round(epoch * per_epoch) for epoch in (30, 35)]
     steps = [0, edges[0] - 1, edges[0], edges[1] - 1, edges[1], length - 1]
@@ -411,12 +418,12 @@ def test_svhn_falls_after_epochs_30_and_35_of_50():
 
 
 def test_svhn_trains_on_the_train_and_extra_images():
-    entry = sources.DATA_SETS[module("svhn").get_config().dataset.name]
+    entry = sets.DATA_SETS[module("svhn").get_config().dataset.name]
     assert entry.train_splits == ("train", "extra")
 
 
 def test_digits_falls_at_a_half_and_three_quarters_after_an_epoch_of_warmup():
-    rate, length = train.make_schedule(module("digits").get_config().schedule, 10.0)
+    rate, length = make_schedule(module("digits").get_config().schedule, 10.0)
     assert length == 400
     expected = np.repeat([0.01, 0.1, 0.01, 0.001], [10, 190, 100, 100])
     np.testing.assert_allclose([rate(step) for step in range(400)], expected, rtol=1e-6)
@@ -425,7 +432,7 @@ def test_digits_falls_at_a_half_and_three_quarters_after_an_epoch_of_warmup():
 def test_cifar_can_hold_out_the_papers_5_000_images():
     config = module("cifar10").get_config("resnet20")
     config.dataset.validation_size = 5_000
-    images = sources.Split(np.zeros((50_000, 1, 1, 1), np.uint8), np.zeros(50_000, np.int32))
+    images = Split(np.zeros((50_000, 1, 1, 1), np.uint8), np.zeros(50_000, np.int32))
     kept, held = split_validation(images, config.dataset.validation_size)
     assert (len(kept.labels), len(held.labels)) == (45_000, 5_000)
 
@@ -437,7 +444,7 @@ def test_devices_can_share_a_recipes_batches(name):
         assert batch_size % 4 == 0
     else:
         assert jax.device_count() == 8
-        parallel.check_batch_size(batch_size)
+        check_batch_size(batch_size)
 
 
 # Names in the documentation
@@ -447,7 +454,7 @@ def test_devices_can_share_a_recipes_batches(name):
 def test_a_recipes_own_model_and_data_set_exist(name):
     config = module(name).get_config()
     assert zoo.find(config.model.name)
-    assert config.dataset.name in (*sources.DATA_SETS, "imagenet2012")
+    assert config.dataset.name in (*sets.DATA_SETS, "imagenet2012")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -485,8 +492,8 @@ def test_a_config_survives_json(name, model, tmp_path):
         key: type(value) for key, value in expected.items()
     }
     # It means the same schedule, and its empty places can be filled.
-    ours, length = train.make_schedule(config.schedule, 10.0)
-    theirs, same = train.make_schedule(again.schedule, 10.0)
+    ours, length = make_schedule(config.schedule, 10.0)
+    theirs, same = make_schedule(again.schedule, 10.0)
     assert length == same
     for step in (0, length // 3, length // 2, length - 1):
         assert float(ours(step)) == float(theirs(step))

@@ -10,15 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from resvariants import InputError
-from resvariants.data import (
-    Augmentation,
-    TrainingBatches,
-    augment,
-    evaluation_batches,
-    normalisation,
-    split_validation,
-)
-from resvariants.sources import Split
+from resvariants.data.augmentation import Augmentation, augment, normalisation
+from resvariants.data.batches import TrainingBatches, evaluation_batches, split_validation
+from resvariants.data.splits import Split
 
 
 def make_split(size, shape=(3, 4, 2)):

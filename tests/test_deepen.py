@@ -8,11 +8,12 @@ import pytest
 from test_resnet import images, random_variables
 
 from resvariants import InputError
-from resvariants.classic import VGG
-from resvariants.deepen import deepen
-from resvariants.densenet import cifar_densenet
-from resvariants.summary import abstract_variables
-from resvariants.zoo import cifar_resnet, resnext
+from resvariants.analysis.deepening import deepen
+from resvariants.networks.densenet import cifar_densenet
+from resvariants.networks.resnet import cifar_resnet
+from resvariants.networks.resnext import resnext
+from resvariants.networks.summary import abstract_variables
+from resvariants.networks.vgg import VGG
 
 TINY = (8, 8, 3)
 RESIDUAL = {

@@ -10,7 +10,7 @@ import reference
 from test_resnet import check_tree, images, random_variables
 
 from resvariants import InputError, create_model
-from resvariants.densenet import DenseNet, cifar_densenet, imagenet_densenet
+from resvariants.networks.densenet import DenseNet, cifar_densenet, imagenet_densenet
 
 TINY = (8, 8, 3)
 NETS = {

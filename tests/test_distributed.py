@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from resvariants import InputError
-from resvariants.parallel import start
+from resvariants.processes import start
 
 
 def free_port():

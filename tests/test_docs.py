@@ -8,7 +8,7 @@ from conftest import ROOT
 from test_resnet import random_variables
 
 from resvariants import create_model
-from resvariants.weights import to_torch
+from resvariants.weights.convert import to_torch
 
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
 

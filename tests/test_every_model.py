@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from resvariants import list_models
-from resvariants.classic import AlexNet
-from resvariants.densenet import DenseNet
-from resvariants.resnet import ResNet
-from resvariants.train import create_state, train_step
+from resvariants.networks.alexnet import AlexNet
+from resvariants.networks.densenet import DenseNet
+from resvariants.networks.resnet import ResNet
+from resvariants.training.step import create_state, train_step
 
 ENTRIES = {name: entry for models in list_models().values() for name, entry in models.items()}
 SMALL = {name for name, entry in ENTRIES.items() if entry.image_shape[0] <= 32}

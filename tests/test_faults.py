@@ -16,12 +16,13 @@ import pytest
 from conftest import ROOT
 from test_loop import STEPS, config, final_state, finished, rows, without_speed  # noqa: F401
 
-from resvariants import InputError, loop
-from resvariants.checkpoint import Checkpoints
-from resvariants.data import TrainingBatches
+from resvariants import InputError
+from resvariants.data.batches import TrainingBatches
 from resvariants.errors import RunError
-from resvariants.interrupt import Interrupted, Interrupts
-from resvariants.loop import TrainingDiverged
+from resvariants.interrupts import Interrupted, Interrupts
+from resvariants.training import evaluation, log, loop
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.log import TrainingDiverged
 
 
 def assert_equal_runs(ours, theirs):
@@ -38,14 +39,14 @@ def test_the_same_seed_on_the_same_devices_gives_the_same_bits(finished, tmp_pat
 
 
 def during_a_step(monkeypatch, number):
-    observe = loop.Log.step
+    observe = log.Log.step
 
     def step(self, at, metrics):
         if at == 10:  # when the device is at the next one already
             signal.raise_signal(number)
         observe(self, at, metrics)
 
-    monkeypatch.setattr(loop.Log, "step", step)
+    monkeypatch.setattr(log.Log, "step", step)
     return 11
 
 
@@ -62,7 +63,7 @@ def during_compilation(monkeypatch, number):
 
 def during_an_evaluation(monkeypatch, number):
     """Of step 13, its first split evaluated, in the middle of its second."""
-    making = loop.make_evaluator
+    making = evaluation.make_evaluator
 
     def make(setup, *arguments):
         def batches(split, *rest, **options):
@@ -221,7 +222,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_pa
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    observe = loop.Log.write
+    observe = log.Log.write
 
     def write(self, step, *arguments):
         if step == 10:
@@ -229,7 +230,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
         observe(self, step, *arguments)
 
-    monkeypatch.setattr(loop.Log, "write", write)
+    monkeypatch.setattr(log.Log, "write", write)
     try:
         with pytest.raises(RunError, match=r"cannot write to .*run: File too large\. Make room"):
             loop.train(config(), tmp_path / "run")

@@ -10,14 +10,20 @@ import pytest
 from test_resnet import check_tree, images, random_variables
 
 from resvariants import InputError, ResNet, Unit, create_model
-from resvariants.blocks import PLACEMENTS, basic_branch, bottleneck_branch, constant_scaling
-from resvariants.classic import VGG
-from resvariants.densenet import DenseNet
-from resvariants.layers import SHORTCUTS
-from resvariants.resnet import ImageNetStem
-from resvariants.resnext import aggregated_branch
-from resvariants.summary import abstract_variables, feature_info
-from resvariants.train import TrainState, eval_step, make_optimizer, train_step
+from resvariants.networks.densenet import DenseNet
+from resvariants.networks.parts import (
+    PLACEMENTS,
+    aggregated_branch,
+    basic_branch,
+    bottleneck_branch,
+    constant_scaling,
+)
+from resvariants.networks.resnet import ImageNetStem
+from resvariants.networks.shortcuts import SHORTCUTS
+from resvariants.networks.summary import abstract_variables, feature_info
+from resvariants.networks.vgg import VGG
+from resvariants.training.optimizer import make_optimizer
+from resvariants.training.step import TrainState, eval_step, train_step
 
 INFO = {
     "resnet50": {"stem": (64, 4), "stage1": (256, 4), "stage2": (512, 8), "stage4": (2048, 32)},

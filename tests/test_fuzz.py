@@ -27,13 +27,24 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import digits
-from resvariants import InputError, loop, sources
-from resvariants.checkpoint import Checkpoints
+from resvariants import InputError
+from resvariants.data import sets
+from resvariants.data.splits import Stream
+from resvariants.data.stream import (
+    Corrupt,
+    EvaluationReader,
+    TrainingReader,
+    centre,
+    decode,
+    ten_crop,
+)
+from resvariants.data.stream import random_sized as whole_or_part
 from resvariants.errors import RunError
-from resvariants.stream import Corrupt, EvaluationReader, TrainingReader, centre, decode, ten_crop
-from resvariants.stream import random_sized as whole_or_part
-from resvariants.weights import load_torch, read_state_dict
-from resvariants.workdir import Workdir, read_config, read_result
+from resvariants.training import evaluation
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.setup import set_up
+from resvariants.training.workdir import Workdir, read_config, read_result
+from resvariants.weights.convert import load_torch, read_state_dict
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -257,7 +268,7 @@ def test_json_that_no_workdir_has_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     for read in (
         lambda: read_config(tmp_path),
-        lambda: loop.load(tmp_path),
+        lambda: evaluation.load(tmp_path),
         lambda: Workdir(tmp_path, CONFIG),
     ):
         assert not is_answered(read)
@@ -286,7 +297,7 @@ def test_a_config_json_with_values_of_other_types_is_refused_or_means_something(
     everywhere = [(path, value) for path in places(tree) for value in VALUES]
     for path, value in random.Random(0).sample(everywhere, 250):
         (tmp_path / "config.json").write_text(json.dumps(replaced(tree, path, value)))
-        is_answered(lambda: loop.set_up(read_config(tmp_path)))
+        is_answered(lambda: set_up(read_config(tmp_path)))
 
 
 # The command line
@@ -508,7 +519,7 @@ def folder(tmp_path_factory):
 
 
 def test_training_takes_other_images_for_those_that_cannot_be_read(folder):
-    split = sources.load("image_folder", str(folder)).train
+    split = sets.load("image_folder", str(folder)).train
     reader = TrainingReader(split, 8, np.arange(8), 0, 16, whole_or_part)
     seen, failed = set(), set()
     for step in range(-(-split.size // 8)):
@@ -527,7 +538,7 @@ def test_training_takes_other_images_for_those_that_cannot_be_read(folder):
 
 @pytest.mark.parametrize("crop", [centre, ten_crop])
 def test_evaluation_masks_images_that_cannot_be_read(folder, crop):
-    split = sources.load("image_folder", str(folder)).test
+    split = sets.load("image_folder", str(folder)).test
     read = EvaluationReader(split, 8, np.arange(8), 16, crop)
     batches = [read(number) for number in range(-(-split.size // 8))]
     for batch in batches:
@@ -548,7 +559,7 @@ def test_an_error_without_words_is_told_as_well(message):
 
     told = []
     corrupt = Corrupt(5, told.append)
-    corrupt.note(sources.Stream(Failing(), np.arange(3)), np.array([-1, 2, 2]))
+    corrupt.note(Stream(Failing(), np.arange(3)), np.array([-1, 2, 2]))
     assert len(told) == 1 and "image 2 (OSError" in told[0]
 
 
@@ -557,7 +568,7 @@ def test_a_training_set_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
         (tmp_path / split / "a").mkdir(parents=True)
         for name, content in UNREADABLE.items():
             (tmp_path / split / "a" / name).write_bytes(content)
-    split = sources.load("image_folder", str(tmp_path)).train
+    split = sets.load("image_folder", str(tmp_path)).train
     with pytest.raises(RunError, match="read"):
         TrainingReader(split, 4, np.arange(4), 0, 8, whole_or_part)(0)
 
@@ -601,7 +612,7 @@ def test_pickles_in_a_workdir_do_not_run(saved, tmp_path, bomb):
         (path / "result.json").write_text("{}")
         (path / name).write_bytes(content + b"\n")
         for read in (
-            lambda: loop.load(path),
+            lambda: evaluation.load(path),
             lambda: study.read_run(path),
             lambda: Workdir(path, CONFIG).keep_rows(1),
         ):
@@ -619,7 +630,7 @@ def test_pickles_for_images_do_not_run(tmp_path, bomb):
         (tmp_path / split / "a").mkdir(parents=True)
         for name in ("a.jpg", "b.png", "c.jpeg"):
             (tmp_path / split / "a" / name).write_bytes(content)
-    split = sources.load("image_folder", str(tmp_path)).test
+    split = sets.load("image_folder", str(tmp_path)).test
     batch = EvaluationReader(split, 3, np.arange(3), 8, centre)(0)
     assert not batch["mask"].any() and not marker.exists()
 

@@ -11,15 +11,15 @@ from test_resnet import TINY, check_tree, gradients, images, random_variables
 
 import resvariants as rv
 from resvariants import BasicUnit, InputError, ResNet, StochasticDepth, batch_norm, create_model
-from resvariants.blocks import PLACEMENTS, constant_scaling, plain_merge
-from resvariants.gates import (
+from resvariants.networks.gates import (
     draw_exactly,
     draw_for_examples,
     linear_decay,
     survival_probabilities,
     uniform,
 )
-from resvariants.layers import SHORTCUTS
+from resvariants.networks.parts import PLACEMENTS, constant_scaling, plain_merge
+from resvariants.networks.shortcuts import SHORTCUTS
 
 
 def test_linear_decay_is_equation_4():

@@ -10,7 +10,10 @@ import reference
 from flax import linen as nn
 from jax import lax
 
-from resvariants import layers
+from resvariants.networks.convolution import CHUNK, NHWC, _conv_backward, conv, conv_general_dilated
+from resvariants.networks.layers import max_pool
+from resvariants.networks.normalisation import batch_norm
+from resvariants.networks.shortcuts import identity_shortcut
 
 RNG = np.random.default_rng(0)
 
@@ -51,11 +54,11 @@ def gradients(convolve, x, kernel, grad):
 def test_convolution_and_its_gradients(size, stride, padding, dilation, groups, shape):
     x, kernel = draw(2, *shape, 4), draw(size, size, 4 // groups, 6)
     convolve = partial(
-        layers.conv_general_dilated,
+        conv_general_dilated,
         window_strides=(stride, stride),
         padding=[(padding, padding)] * 2,
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC),
+        dimension_numbers=lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC),
         feature_group_count=groups,
     )
     y = convolve(x, kernel)
@@ -73,14 +76,14 @@ def test_convolution_and_its_gradients(size, stride, padding, dilation, groups, 
 @pytest.mark.parametrize("size", [1, 3])
 def test_fast_gradients_agree_with_autodiff(size, stride, groups):
     """On a batch that the weight gradient takes in several chunks."""
-    x, kernel = draw(3 * layers.CHUNK, 8, 9, 8), draw(size, size, 8 // groups, 12)
+    x, kernel = draw(3 * CHUNK, 8, 9, 8), draw(size, size, 8 // groups, 12)
     settings = {
         "window_strides": (stride, stride),
         "padding": [(size // 2, size // 2)] * 2,
-        "dimension_numbers": lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC),
+        "dimension_numbers": lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC),
         "feature_group_count": groups,
     }
-    ours = partial(layers.conv_general_dilated, **settings)
+    ours = partial(conv_general_dilated, **settings)
     native = partial(lax.conv_general_dilated, **settings)
     grad = draw(*jax.eval_shape(native, x, kernel).shape)
     assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, kernel)) or size == 1
@@ -92,21 +95,21 @@ def test_fast_gradients_agree_with_autodiff(size, stride, groups):
 
 def test_many_chunks_add_up_in_float32():
     """Added one by one in bfloat16, they would be off by several per cent."""
-    x, grad = (draw(64 * layers.CHUNK, 4, 4, 2).astype(jnp.bfloat16) + 1 for _ in range(2))
+    x, grad = (draw(64 * CHUNK, 4, 4, 2).astype(jnp.bfloat16) + 1 for _ in range(2))
     kernel = jnp.zeros((3, 3, 2, 2), jnp.bfloat16)
     geometry = ((1, 1), ((1, 1), (1, 1)), (1, 1))
-    _, ours = layers._conv_backward(*geometry, (x, kernel), grad)
+    _, ours = _conv_backward(*geometry, (x, kernel), grad)
     wide = (a.astype(jnp.float32) for a in (x, kernel))
-    _, exact = layers._conv_backward(*geometry, tuple(wide), grad.astype(jnp.float32))
+    _, exact = _conv_backward(*geometry, tuple(wide), grad.astype(jnp.float32))
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.01)
 
 
 def test_convolutions_take_the_fast_gradients():
     def primitives(groups):
-        conv = layers.conv(4, 3, feature_group_count=groups)
+        layer = conv(4, 3, feature_group_count=groups)
         x = jnp.zeros((1, 5, 5, 4))
-        variables = conv.init(jax.random.key(0), x)
-        return str(jax.make_jaxpr(conv.apply)(variables, x))
+        variables = layer.init(jax.random.key(0), x)
+        return str(jax.make_jaxpr(layer.apply)(variables, x))
 
     assert "custom_vjp" in primitives(1)
     # Group by group: XLA's own grouped form is nowhere.
@@ -123,25 +126,25 @@ def test_gradients_of_gradients_agree_with_autodiff():
 
         return jax.jit(jax.grad(lambda k: jnp.sum(jax.grad(loss)(k) ** 2)))(kernel)
 
-    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, layers.NHWC)
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC)
     settings = {"window_strides": (2, 2), "padding": [(1, 1)] * 2, "dimension_numbers": numbers}
-    ours = curvature(partial(layers.conv_general_dilated, **settings))
+    ours = curvature(partial(conv_general_dilated, **settings))
     theirs = curvature(partial(lax.conv_general_dilated, **settings))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_padding_is_symmetric_at_stride_2():
     x = draw(1, 8, 8, 3)
-    conv = layers.conv(5, 3, 2)
-    variables = conv.init(jax.random.key(0), x)
+    layer = conv(5, 3, 2)
+    variables = layer.init(jax.random.key(0), x)
     kernel = variables["params"]["kernel"]
     np.testing.assert_allclose(
-        conv.apply(variables, x), reference.conv2d(x, kernel, 2, 1), atol=1e-4
+        layer.apply(variables, x), reference.conv2d(x, kernel, 2, 1), atol=1e-4
     )
 
 
 def test_initialisation_is_he_fan_out():
-    variables = layers.conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
+    variables = conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
     kernel = variables["params"]["kernel"]
     assert float(kernel.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
     assert abs(float(kernel.mean())) < 1e-3
@@ -149,24 +152,24 @@ def test_initialisation_is_he_fan_out():
 
 def test_option_a_subsamples_and_appends_zero_channels():
     x = draw(2, 8, 8, 4)
-    y = layers.identity_shortcut(x, 6, 2)
+    y = identity_shortcut(x, 6, 2)
     np.testing.assert_array_equal(y[..., :4], x[:, ::2, ::2])
     np.testing.assert_array_equal(y[..., 4:], 0)
-    pooled = layers.identity_shortcut(x, 6, 2, average=True)
+    pooled = identity_shortcut(x, 6, 2, average=True)
     np.testing.assert_allclose(
         pooled, reference.parameter_free_shortcut(x, 6, 2, average=True), atol=1e-6
     )
-    np.testing.assert_array_equal(layers.identity_shortcut(x, 4, 1), x)
+    np.testing.assert_array_equal(identity_shortcut(x, 4, 1), x)
 
 
 def test_option_a_cannot_narrow():
     with pytest.raises(ValueError, match="cannot narrow 4 channels to 3"):
-        layers.identity_shortcut(draw(1, 2, 2, 4), 3, 1)
+        identity_shortcut(draw(1, 2, 2, 4), 3, 1)
 
 
 def test_max_pool_pads_with_minus_infinity():
     x = -jnp.abs(draw(2, 7, 8, 3)) - 1
-    np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), reference.max_pool(x, 3, 2, 1))
+    np.testing.assert_array_equal(max_pool(x, 3, 2, 1), reference.max_pool(x, 3, 2, 1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -174,7 +177,7 @@ def test_batch_norm_equals_flaxs(dtype):
     """Against `nn.BatchNorm` under autodiff: outputs, statistics and all gradients."""
     x, weight = 3 * draw(4, 5, 3, 6) + 2, draw(4, 5, 3, 6)
     theirs = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, dtype=dtype)
-    ours = layers.batch_norm(train=True, dtype=dtype)()
+    ours = batch_norm(train=True, dtype=dtype)()
     stats = {"mean": draw(6), "var": draw(6) ** 2}
     params = {"scale": draw(6), "bias": draw(6)}
 
@@ -199,7 +202,7 @@ def test_batch_norm_equals_flaxs(dtype):
     assert dtypes[0] == dtypes[1]
     variables = {"params": params, "batch_stats": stats}
     np.testing.assert_allclose(
-        layers.batch_norm(train=False, dtype=dtype)().apply(variables, x).astype(jnp.float32),
+        batch_norm(train=False, dtype=dtype)().apply(variables, x).astype(jnp.float32),
         theirs.clone(use_running_average=True).apply(variables, x).astype(jnp.float32),
         atol=tolerance,
         rtol=tolerance,
@@ -222,7 +225,7 @@ def test_batch_norms_gradient_is_that_of_the_formula():
         variables = jax.tree.map(jnp.asarray, {"params": params, "batch_stats": stats})
 
         def ours(x):
-            module = layers.batch_norm(train=True)()
+            module = batch_norm(train=True)()
             return jnp.sum(module.apply(variables, x, mutable=["batch_stats"])[0] ** 2 * weight)
 
         grad = np.asarray(jax.grad(ours)(jnp.asarray(x)))
@@ -231,7 +234,7 @@ def test_batch_norms_gradient_is_that_of_the_formula():
 
 def test_running_statistics_keep_nine_tenths():
     x = draw(4, 3, 3, 2) * 3 + 1
-    module = layers.batch_norm(train=True)()
+    module = batch_norm(train=True)()
     variables = module.init(jax.random.key(0), x)
     _, updates = module.apply(variables, x, mutable=["batch_stats"])
     mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))

@@ -18,11 +18,13 @@ from conftest import ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import digits
-from resvariants import InputError, loop
-from resvariants.checkpoint import Checkpoints
-from resvariants.loop import TrainingDiverged
-from resvariants.report import write_report
-from resvariants.workdir import Workdir
+from resvariants import InputError
+from resvariants.training import evaluation, log, loop
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.log import TrainingDiverged
+from resvariants.training.report import write_report
+from resvariants.training.setup import set_up
+from resvariants.training.workdir import Workdir
 
 STEPS = 40
 
@@ -46,7 +48,7 @@ def config(model="resnet8", **overrides):
 
 def final_state(workdir, steps=STEPS):
     """Every array of a resnet8's last checkpoint, as numpy."""
-    setup = loop.set_up(config())
+    setup = set_up(config())
     shapes = jax.eval_shape(setup.new_state)
     with closing(Checkpoints(Path(workdir) / "checkpoints", 2)) as checkpoints:
         assert checkpoints.latest_step == steps
@@ -116,17 +118,17 @@ def test_the_result_is_the_last_evaluation_and_the_last_epochs_training_error(fi
 
 def test_evaluation_counts_every_image_once(finished):
     path, result = finished
-    values = loop.evaluate(path, "test")
+    values = evaluation.evaluate(path, "test")
     assert values["images"] == 360 and values["step"] == STEPS  # 360 = 2 x 128 + 104
     assert values["error"] == result["test_error"]
     assert values["error"] * 360 / 100 == pytest.approx(round(values["error"] * 360 / 100))
-    assert loop.evaluate(path, "validation")["images"] == 100
-    assert loop.evaluate(path, "train")["images"] == 1337
+    assert evaluation.evaluate(path, "validation")["images"] == 100
+    assert evaluation.evaluate(path, "train")["images"] == 1337
 
 
 def test_an_unknown_split_is_refused(finished):
     with pytest.raises(InputError, match="unknown split 'tset'; allowed: test, train, validation"):
-        loop.evaluate(finished[0], "tset")
+        evaluation.evaluate(finished[0], "tset")
 
 
 def test_the_same_command_again_says_so_and_changes_nothing(finished, capsys):
@@ -148,7 +150,7 @@ def test_another_config_is_refused_with_the_differing_keys(finished):
 
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
     path, _ = finished
-    observe = loop.Log.step
+    observe = log.Log.step
     for stop in (9, 26):  # after checkpoints at 7 and 21, between two of them
 
         def interrupted(self, step, metrics, stop=stop):
@@ -156,13 +158,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
                 raise KeyboardInterrupt
             observe(self, step, metrics)
 
-        monkeypatch.setattr(loop.Log, "step", interrupted)
+        monkeypatch.setattr(log.Log, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.train(config(), tmp_path / "run")
         assert not (tmp_path / "run" / "result.json").exists()
         with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
             file.write('{"step": 10, "spl')  # as a kill in the middle of a write leaves it
-    monkeypatch.setattr(loop.Log, "step", observe)
+    monkeypatch.setattr(log.Log, "step", observe)
     loop.train(config(), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "run"), final_state(path))
     assert without_speed(tmp_path / "run") == without_speed(path)
@@ -171,16 +173,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     tmp_path, monkeypatch
 ):
-    observe = loop.Log.step
+    observe = log.Log.step
 
     def poisoned(self, step, metrics):
         observe(self, step, metrics if step < 12 else {**metrics, "loss": np.float32("nan")})
 
-    monkeypatch.setattr(loop.Log, "step", poisoned)
+    monkeypatch.setattr(log.Log, "step", poisoned)
     with pytest.raises(TrainingDiverged, match=r"step 12: .*loss nan"):
         loop.train(config(), tmp_path / "run")
-    monkeypatch.setattr(loop.Log, "step", observe)
-    assert loop.evaluate(tmp_path / "run", "test")["step"] == 7
+    monkeypatch.setattr(log.Log, "step", observe)
+    assert evaluation.evaluate(tmp_path / "run", "test")["step"] == 7
 
 
 def test_a_rate_that_explodes_is_noticed(tmp_path):
@@ -204,7 +206,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_
     assert {row["split"] for row in rows(tmp_path / "run")} == {"train"}
     assert not (tmp_path / "run" / "result.json").exists()
     with pytest.raises(InputError, match="no checkpoint"):
-        loop.evaluate(tmp_path / "run", "test")
+        evaluation.evaluate(tmp_path / "run", "test")
 
 
 def test_two_runs_cannot_write_to_one_workdir(tmp_path):
@@ -221,11 +223,11 @@ def test_evaluation_leaves_alone_what_a_run_is_writing(finished, tmp_path):
     shutil.copytree(finished[0], copy)
     (copy / "checkpoints" / "41.orbax-checkpoint-tmp").mkdir()
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
-    assert loop.evaluate(copy, "test")["step"] == STEPS
+    assert evaluation.evaluate(copy, "test")["step"] == STEPS
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint"):
-        loop.evaluate(copy, "test")
+        evaluation.evaluate(copy, "test")
     assert not (copy / "checkpoints").exists()
 
 
@@ -235,7 +237,7 @@ def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path)
     altered = json.loads((copy / "config.json").read_text())
     altered["batch_size"], altered["tensorboard"] = 63, True
     (copy / "config.json").write_text(json.dumps(altered))
-    assert loop.evaluate(copy, "test")["error"] == finished[1]["test_error"]
+    assert evaluation.evaluate(copy, "test")["error"] == finished[1]["test_error"]
 
 
 def test_compiled_programs_are_taken_from_the_cache(tmp_path):
@@ -261,21 +263,21 @@ def test_a_config_of_another_version_is_named(tmp_path):
     del stored["auxiliary_weight"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match=r"has no auxiliary_weight: .* Add it to config.json"):
-        loop.evaluate(tmp_path, "test")
+        evaluation.evaluate(tmp_path, "test")
 
 
 def test_tensorboard_shows_every_row_once_after_a_resume(tmp_path, monkeypatch):
-    observe = loop.Log.step
+    observe = log.Log.step
 
     def interrupted(self, step, metrics):
         if step == 26:
             raise KeyboardInterrupt
         observe(self, step, metrics)
 
-    monkeypatch.setattr(loop.Log, "step", interrupted)
+    monkeypatch.setattr(log.Log, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loop.train(config(tensorboard=True), tmp_path / "run")
-    monkeypatch.setattr(loop.Log, "step", observe)
+    monkeypatch.setattr(log.Log, "step", observe)
     loop.train(config(tensorboard=True), tmp_path / "run")
     shown = {}
     for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
@@ -333,7 +335,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     altered["model"]["name"] = "resnet14"
     (copy / "config.json").write_text(json.dumps(altered))
     with pytest.raises(InputError, match="is of another model") as caught:
-        loop.evaluate(copy, "test")
+        evaluation.evaluate(copy, "test")
     assert "stage1/rest/conv1/kernel: absent there" in str(caught.value)
 
 
@@ -342,21 +344,21 @@ def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
     shutil.copytree(finished[0], copy)
     corrupt_largest_file(copy / "checkpoints" / str(STEPS))
     with pytest.raises(InputError, match="cannot be read") as caught:
-        loop.evaluate(copy, "test")
+        evaluation.evaluate(copy, "test")
     assert str(copy / "checkpoints" / str(STEPS)) in str(caught.value)
     assert "Delete that folder" in str(caught.value)
 
 
 def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match="is no workdir"):
-        loop.evaluate(tmp_path, "test")
+        evaluation.evaluate(tmp_path, "test")
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"not empty \(thesis.tex"):
         loop.train(config(), tmp_path)
     empty = tmp_path / "empty"
     shutil.copytree(finished[0], empty, ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(InputError, match="no checkpoint"):
-        loop.evaluate(empty, "test")
+        evaluation.evaluate(empty, "test")
 
 
 @pytest.mark.parametrize(
@@ -488,14 +490,14 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
 def test_a_run_may_start_from_given_variables(tmp_path):
     rates = {"schedule.learning_rate": 0.0, "schedule.warmup_learning_rate": 0.0}
     short = config(**{"schedule.cut_to_steps": 4, **rates})
-    still = loop.set_up(short)
+    still = set_up(short)
     given = jax.tree.map(lambda leaf: leaf + 0.01, still.new_state())
     variables = {"params": given.params, "batch_stats": given.batch_stats}
     loop.train(short, tmp_path / "run", variables)
-    _, _, state = loop.load(tmp_path / "run")
+    _, _, state = evaluation.load(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
     jax.tree.map(lambda leaf: leaf.block_until_ready(), variables)  # not taken by the train step
-    other = loop.set_up(config("resnet14")).new_state()
+    other = set_up(config("resnet14")).new_state()
     with pytest.raises(InputError, match="of another network"):
         loop.train(short, tmp_path / "other", {"params": other.params})
     assert not (tmp_path / "other").exists()

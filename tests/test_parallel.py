@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from resvariants import InputError, create_model
-from resvariants.parallel import check_batch_size, make_parallel
-from resvariants.train import create_state, train_step
+from resvariants.training.parallel import check_batch_size, make_parallel
+from resvariants.training.step import create_state, train_step
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, nesterov=True))
 SHAPE = (8, 8, 3)

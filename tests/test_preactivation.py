@@ -10,9 +10,9 @@ import reference
 from test_resnet import TINY, check_tree, images, random_variables
 
 from resvariants import BasicUnit, InputError, Unit, batch_norm, create_model
-from resvariants.blocks import PLACEMENTS, WEIGHTS, constant_scaling, exclusive_gating
-from resvariants.layers import projection_shortcut
-from resvariants.zoo import cifar_resnet
+from resvariants.networks.parts import PLACEMENTS, WEIGHTS, constant_scaling, exclusive_gating
+from resvariants.networks.resnet import cifar_resnet
+from resvariants.networks.shortcuts import projection_shortcut
 
 # Table 2 and figure 4 of the paper.
 ORDERS = {

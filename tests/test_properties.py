@@ -17,11 +17,12 @@ from PIL import Image
 from test_resnet import images, random_variables
 
 from configs import default, digits
-from resvariants import InputError, create_model, loop, sources
-from resvariants.data import Augmentation, TrainingBatches, split_validation
-from resvariants.gates import check_gates, draw_exactly, survival_probabilities
-from resvariants.sources import Split, Stream
-from resvariants.stream import (
+from resvariants import InputError, create_model
+from resvariants.data import sets
+from resvariants.data.augmentation import Augmentation
+from resvariants.data.batches import TrainingBatches, split_validation
+from resvariants.data.splits import Split, Stream
+from resvariants.data.stream import (
     EvaluationReader,
     TrainingReader,
     centre,
@@ -29,9 +30,11 @@ from resvariants.stream import (
     scale_jitter,
     ten_crop,
 )
-from resvariants.summary import abstract_variables
-from resvariants.train import make_schedule
-from resvariants.zoo import ZOO, find
+from resvariants.networks.gates import check_gates, draw_exactly, survival_probabilities
+from resvariants.networks.summary import abstract_variables
+from resvariants.networks.zoo import ZOO, find
+from resvariants.training.optimizer import make_schedule
+from resvariants.training.setup import set_up
 
 
 def examples(count):
@@ -371,7 +374,7 @@ def set_up_or_refuse(changes):
         except (TypeError, ValueError, OverflowError):  # ml_collections' own refusal
             continue
     try:
-        return loop.set_up(config)
+        return set_up(config)
     except InputError as error:
         assert str(error)
         return None
@@ -397,7 +400,7 @@ def test_only_keys_that_may_be_unset_can_be_none():
         config = copy.deepcopy(TINY)
         config.update_from_flattened_dict({key: None})
         with contextlib.suppress(InputError):
-            loop.set_up(config)
+            set_up(config)
             accepted.add(key)
     assert accepted == {key for key, value in flat(TINY).items() if value is None}
 
@@ -413,7 +416,7 @@ def test_setting_up_leaves_the_config_as_it_is(changes):
             continue
     before = repr(flat(config))
     with contextlib.suppress(InputError):
-        loop.set_up(config)
+        set_up(config)
     assert repr(flat(config)) == before
 
 
@@ -537,6 +540,6 @@ def test_every_crop_of_every_image_has_its_size(width, height, size, more, seed)
 @examples(40)
 @given(st.text(max_size=10))
 def test_a_name_of_no_data_set_is_refused(name):
-    if name not in sources.DATA_SETS:
+    if name not in sets.DATA_SETS:
         with pytest.raises(InputError, match="unknown data set"):
-            sources.find(name)
+            sets.find(name)

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from resvariants import __main__, zoo
+from resvariants import __main__
+from resvariants.networks import zoo
 
 README = (ROOT / "README.md").read_text()
 

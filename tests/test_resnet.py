@@ -9,9 +9,8 @@ from flax import linen as nn
 
 import resvariants as rv
 from resvariants import InputError, create_model
-from resvariants.blocks import BottleneckUnit
-from resvariants.resnet import ResNet
-from resvariants.zoo import cifar_resnet, imagenet_resnet
+from resvariants.networks.blocks import BottleneckUnit
+from resvariants.networks.resnet import ResNet, cifar_resnet, imagenet_resnet
 
 
 def random_variables(model, shape, seed=0):

@@ -11,10 +11,10 @@ import reference
 from test_resnet import check_tree, images, random_variables
 
 from resvariants import InputError, Unit, batch_norm, create_model
-from resvariants.layers import projection_shortcut
-from resvariants.resnext import aggregated_branch, convert_form
-from resvariants.train import TrainState, train_step
-from resvariants.zoo import resnext
+from resvariants.networks.parts import aggregated_branch
+from resvariants.networks.resnext import convert_form, resnext
+from resvariants.networks.shortcuts import projection_shortcut
+from resvariants.training.step import TrainState, train_step
 
 TINY = (8, 8, 3)
 

@@ -30,7 +30,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.features import image_feature
 from tensorflow_datasets.image_classification import cifar, mnist
 
-from resvariants import sources
+from resvariants.data import preparation, sets
 from resvariants.errors import InputError
 
 PROGRAM = Path(__file__).parents[1] / "experiments" / "prepare.py"
@@ -47,7 +47,7 @@ PREPARED_AS = {
 def make_examples(name, split):
     """Random images, and labels among which the largest is sure to be."""
     rng = np.random.default_rng(["train", "test", "extra"].index(split))
-    entry = sources.DATA_SETS[name]
+    entry = sets.DATA_SETS[name]
     images = rng.integers(0, 256, (COUNTS[split], *entry.image_shape), np.uint8)
     labels = rng.integers(0, entry.num_classes, COUNTS[split]).astype(np.uint8)
     labels[:2] = 0, entry.num_classes - 1
@@ -121,7 +121,7 @@ def archives(tmp_path_factory):
 
 def set_checksums(monkeypatch, name, folder, host=None):
     """Has TFDS take the archives in `folder` for the official ones, at `host` if that is given."""
-    stock = tfds.builder_cls(sources.DATA_SETS[name].stored_as)
+    stock = tfds.builder_cls(sets.DATA_SETS[name].stored_as)
     infos = {}
     for url, info in stock.url_infos.items():
         content = (folder / info.filename).read_bytes()
@@ -139,7 +139,7 @@ def prepared(archives, tmp_path_factory):
     for name in PREPARED_AS:
         with pytest.MonkeyPatch.context() as monkeypatch:
             set_checksums(monkeypatch, name, archives)
-            directory = sources.prepare(name, str(root), str(archives))
+            directory = preparation.prepare(name, str(root), str(archives))
             assert directory == root / PREPARED_AS[name]
     return root
 
@@ -164,8 +164,8 @@ def as_dict(images, labels):
     "name", ["cifar10", "cifar100", "svhn", "svhn_extra", "mnist", "fashion_mnist"]
 )
 def test_prepared_data_come_back_identical(name, prepared):
-    entry = sources.DATA_SETS[name]
-    source = sources.load(name, str(prepared))
+    entry = sets.DATA_SETS[name]
+    source = sets.load(name, str(prepared))
     train = [make_examples(name, split) for split in entry.train_splits]
     expected = {"train": map(np.concatenate, zip(*train, strict=True))}
     expected["test"] = make_examples(name, "test")
@@ -178,8 +178,8 @@ def test_prepared_data_come_back_identical(name, prepared):
 
 @pytest.mark.parametrize("name", PREPARED_AS)
 def test_stock_tfds_reads_what_we_prepare(name, prepared):
-    entry = sources.DATA_SETS[name]
-    ours = sources.load(name, str(prepared))
+    entry = sets.DATA_SETS[name]
+    ours = sets.load(name, str(prepared))
     for split in ("train", "test"):
         stock = tfds.data_source(entry.stored_as, split=split, data_dir=prepared, download=False)
         images, labels = zip(*((row["image"], row["label"]) for row in stock), strict=True)
@@ -230,7 +230,7 @@ def test_we_prepare_what_stock_tfds_prepares(name, prepared, archives, tmp_path,
 
 
 def test_digits_are_split_once_and_for_all():
-    source = sources.load("digits", "nowhere")
+    source = sets.load("digits", "nowhere")
     pixels, labels = load_digits(return_X_y=True)
     assert source.train.images.shape == (1437, 8, 8, 1)
     assert source.test.images.shape == (360, 8, 8, 1)
@@ -243,7 +243,7 @@ def test_digits_are_split_once_and_for_all():
     assert hashlib.sha256(source.test.images.tobytes()).hexdigest().startswith("9442cbc5861b9c2a")
 
 
-@pytest.mark.parametrize("function", [sources.load, partial(sources.prepare, archive_dir="x")])
+@pytest.mark.parametrize("function", [sets.load, partial(preparation.prepare, archive_dir="x")])
 def test_unknown_data_set(function, tmp_path):
     with pytest.raises(InputError, match=r"unknown data set 'cifar'; nearest: cifar10, cifar100"):
         function("cifar", str(tmp_path))
@@ -251,7 +251,7 @@ def test_unknown_data_set(function, tmp_path):
 
 def test_digits_need_no_preparation(tmp_path):
     with pytest.raises(InputError, match="comes with scikit-learn"):
-        sources.prepare("digits", str(tmp_path))
+        preparation.prepare("digits", str(tmp_path))
 
 
 def test_not_prepared(prepared, tmp_path):
@@ -259,16 +259,16 @@ def test_not_prepared(prepared, tmp_path):
     # What a killed preparation leaves behind is not taken for a prepared data set.
     shutil.copytree(prepared / "cifar10/3.0.2", root / "cifar10/incomplete.ABCDEF_3.0.2")
     with pytest.raises(InputError, match=r"not prepared: there is no .*/cifar10/3\.0\.2") as caught:
-        sources.load("cifar10", str(root))
+        sets.load("cifar10", str(root))
     assert command("cifar10", root) in str(caught.value)
 
 
 def test_import_is_light_and_the_default_directory_is_that_of_tfds(tmp_path):
     code = """
 import sys
-from resvariants import sources
+from resvariants.data import preparation, sets
 heavy = {"tensorflow_datasets", "sklearn", "scipy", "PIL", "array_record"} & set(sys.modules)
-sys.exit(f"imported: {heavy}") if heavy else sources.load("svhn_extra")
+sys.exit(f"imported: {heavy}") if heavy else sets.load("svhn_extra")
 """
     env = {**os.environ, "TFDS_DATA_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -283,13 +283,13 @@ def edit_info(directory, **changes):
 def test_another_file_format(root):
     directory = root / "cifar10/3.0.2"
     edit_info(directory, fileFormat="tfrecord")
-    for function in (sources.load, sources.prepare):
+    for function in (sets.load, preparation.prepare):
         with pytest.raises(InputError, match="prepared as tfrecord; only array_record") as caught:
             function("cifar10", str(root))
         assert str(directory) in str(caught.value)
         assert command("cifar10", root) in str(caught.value)
     edit_info(directory, alternativeFileFormats=["array_record"])
-    assert len(sources.load("cifar10", str(root)).train.labels) == COUNTS["train"]
+    assert len(sets.load("cifar10", str(root)).train.labels) == COUNTS["train"]
 
 
 def truncate(shard):
@@ -332,10 +332,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_directory(damage, root):
     directory = root / "cifar10/3.0.2"
-    sources.load("cifar10", str(root))
+    sets.load("cifar10", str(root))
     DAMAGES[damage](directory / "cifar10-train.array_record-00000-of-00001")
     # Preparing again looks at the files' lengths only, so that it stays quick.
-    for function in [sources.load, sources.prepare][: 1 if damage == "flipped bit" else 2]:
+    for function in [sets.load, preparation.prepare][: 1 if damage == "flipped bit" else 2]:
         with pytest.raises(InputError, match="Delete it and prepare it again") as caught:
             function("cifar10", str(root))
         assert str(caught.value).startswith(f"{directory} is damaged")
@@ -356,18 +356,18 @@ def test_bad_image(content, message, archives, tmp_path, monkeypatch):
                 image.seek(0)
             yield key, {"image": image, **features}
 
-    monkeypatch.setattr(sources, "_encode", encode)
+    monkeypatch.setattr(preparation, "_encode", encode)
     set_checksums(monkeypatch, "cifar10", archives)
-    sources.prepare("cifar10", str(tmp_path), str(archives))
+    preparation.prepare("cifar10", str(tmp_path), str(archives))
     with pytest.raises(InputError, match=f"damaged or cannot be read .*{message}"):
-        sources.load("cifar10", str(tmp_path))
+        sets.load("cifar10", str(tmp_path))
 
 
 def test_label_out_of_range(prepared, monkeypatch):
-    entry = sources.DATA_SETS["cifar10"]._replace(num_classes=9)
-    monkeypatch.setitem(sources.DATA_SETS, "cifar10", entry)
+    entry = sets.DATA_SETS["cifar10"]._replace(num_classes=9)
+    monkeypatch.setitem(sets.DATA_SETS, "cifar10", entry)
     with pytest.raises(InputError, match=r"train has labels outside 0\.\.8"):
-        sources.load("cifar10", str(prepared))
+        sets.load("cifar10", str(prepared))
 
 
 def files_under(folder):
@@ -380,7 +380,7 @@ def test_wrong_archive(archives, tmp_path, monkeypatch):
     archive = tmp_path / "cifar-10-binary.tar.gz"
     archive.write_bytes(b"another file")
     with pytest.raises(InputError, match="not the official file") as caught:
-        sources.prepare("cifar10", str(tmp_path / "data"), str(tmp_path))
+        preparation.prepare("cifar10", str(tmp_path / "data"), str(tmp_path))
     for part in (str(archive), expected.checksum, hashlib.sha256(b"another file").hexdigest()):
         assert part in str(caught.value)
     assert files_under(tmp_path) == [archive]
@@ -389,35 +389,35 @@ def test_wrong_archive(archives, tmp_path, monkeypatch):
 def test_missing_archives(tmp_path):
     (tmp_path / "train_32x32.mat").touch()
     with pytest.raises(InputError, match=r"does not hold extra_32x32\.mat, test_32x32\.mat\."):
-        sources.prepare("svhn", str(tmp_path / "data"), str(tmp_path))
+        preparation.prepare("svhn", str(tmp_path / "data"), str(tmp_path))
 
 
 def test_data_dir_that_cannot_be_written(archives, tmp_path, monkeypatch):
     set_checksums(monkeypatch, "cifar10", archives)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot prepare cifar10 in .*can be written") as caught:
-        sources.prepare("cifar10", str(tmp_path / "file"), str(archives))
+        preparation.prepare("cifar10", str(tmp_path / "file"), str(archives))
     assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_failure_while_writing_leaves_nothing(archives, tmp_path, monkeypatch):
     set_checksums(monkeypatch, "cifar10", archives)
-    good = sources._encode
+    good = preparation._encode
 
     def encode(examples):
         yield from itertools.islice(good(examples), 2)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sources, "_encode", encode)
-        sources.prepare("cifar10", str(tmp_path), str(archives))
+        patch.setattr(preparation, "_encode", encode)
+        preparation.prepare("cifar10", str(tmp_path), str(archives))
     assert files_under(tmp_path) == []
-    assert sources.prepare("cifar10", str(tmp_path), str(archives)).is_dir()
+    assert preparation.prepare("cifar10", str(tmp_path), str(archives)).is_dir()
 
 
 def test_prepared_data_stay_as_they_are(root, capsys):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    sources.prepare("cifar10", str(root))
+    preparation.prepare("cifar10", str(root))
     assert "cifar10 is already prepared in" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
@@ -441,8 +441,8 @@ def server(archives):
 
 def test_download(archives, server, tmp_path, monkeypatch):
     set_checksums(monkeypatch, "fashion_mnist", archives, server)
-    sources.prepare("fashion_mnist", str(tmp_path))
-    source = sources.load("fashion_mnist", str(tmp_path))
+    preparation.prepare("fashion_mnist", str(tmp_path))
+    source = sets.load("fashion_mnist", str(tmp_path))
     assert as_dict(*source.test) == as_dict(*make_examples("fashion_mnist", "test"))
 
 
@@ -459,12 +459,12 @@ def test_failed_download(path, message, archives, server, tmp_path, monkeypatch)
     ((url, info),) = stock.url_infos.items()
     info.checksum = "0" * 64
     with pytest.raises(InputError, match=message) as caught:
-        sources.prepare("cifar10", str(tmp_path))
+        preparation.prepare("cifar10", str(tmp_path))
     assert str(caught.value).startswith(f"cannot download {url}: ")
     assert "--archive_dir" in str(caught.value)
     assert files_under(tmp_path) == []
     with pytest.raises(InputError, match="not prepared"):
-        sources.load("cifar10", str(tmp_path))
+        sets.load("cifar10", str(tmp_path))
 
 
 def test_program_prepares(archives, tmp_path, monkeypatch, capsys):

@@ -22,11 +22,27 @@ from PIL import Image
 from scipy.stats import ks_2samp, kstest
 
 from configs import digits
-from resvariants import InputError, loop, sources, stream
-from resvariants.checkpoint import Checkpoints
-from resvariants.data import Augmentation, normalisation, prepared, recolour, split_validation
+from resvariants import InputError
+from resvariants.data import preparation, sets, stream
+from resvariants.data.augmentation import Augmentation, normalisation, prepared, recolour
+from resvariants.data.batches import split_validation
+from resvariants.data.records import Records
+from resvariants.data.splits import Stream
+from resvariants.data.stream import (
+    Corrupt,
+    StreamedBatches,
+    TrainingReader,
+    centre,
+    random_sized,
+    scale_jitter,
+    streamed_evaluation_batches,
+    ten_crop,
+    training_crop,
+)
 from resvariants.errors import RunError
-from resvariants.sources import Stream
+from resvariants.training import evaluation, log, loop
+from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.setup import set_up
 
 SIDE = 16
 
@@ -76,7 +92,7 @@ def test_scale_jitter_is_a_square_of_the_whole_image_resized(shape):
     image, rng = noise(*shape), np.random.RandomState(0)
     whole = {shorter: resized(image, shorter) for shorter in range(16, 25)}
     for _ in range(12):
-        crop = stream.scale_jitter(image, SIDE, rng, (16, 24))
+        crop = scale_jitter(image, SIDE, rng, (16, 24))
         assert crop.size == (SIDE, SIDE)
         assert len(places(crop, whole)) == 1
 
@@ -88,7 +104,7 @@ def test_scale_jitter_draws_every_length_and_every_place():
     found = [
         place
         for _ in range(count)
-        for place in places(stream.scale_jitter(image, SIDE, rng, (16, 20)), whole)
+        for place in places(scale_jitter(image, SIDE, rng, (16, 20)), whole)
     ]
     assert len(found) == count
     lengths = np.bincount([shorter for shorter, _, _ in found])[16:]
@@ -99,7 +115,7 @@ def test_scale_jitter_draws_every_length_and_every_place():
 
 
 def test_scale_jitter_may_be_of_one_length():
-    crop = stream.training_crop("scale_jitter", (18, 18), SIDE)
+    crop = training_crop("scale_jitter", (18, 18), SIDE)
     image = noise(60, 40)
     found = places(crop(image, SIDE, np.random.RandomState(0)), {18: resized(image, 18)})
     assert len(found) == 1
@@ -131,7 +147,7 @@ def test_random_sized_is_a_box_cut_out_and_resized():
     image, gradient = noise(WIDTH, HEIGHT), ramp()
     for seed in range(25):
         crop, large = (
-            stream.random_sized(each, side, np.random.RandomState(seed))
+            random_sized(each, side, np.random.RandomState(seed))
             for each, side in ((image, SIDE), (gradient, 64))
         )
         near = np.rint(box_of(large)).astype(int)
@@ -148,7 +164,7 @@ def test_random_sized_is_a_box_cut_out_and_resized():
 
 def test_random_sized_draws_areas_and_shapes_as_inception_does():
     image, rng = ramp(), np.random.RandomState(0)
-    boxes = np.array([box_of(stream.random_sized(image, 64, rng)) for _ in range(1_000)])
+    boxes = np.array([box_of(random_sized(image, 64, rng)) for _ in range(1_000)])
     left, top, width, height = boxes.T
     areas, shapes = width * height / (WIDTH * HEIGHT), width / height
     assert 0.078 < areas.min() < 0.1 and 0.9 < areas.max() < 1.005
@@ -170,7 +186,7 @@ def test_random_sized_draws_areas_and_shapes_as_inception_does():
 @pytest.mark.parametrize("shape", [(1, 200), (200, 1), (2, 150)])
 def test_random_sized_takes_the_centre_where_nothing_fits(shape):
     image = noise(*shape)
-    crop = stream.random_sized(image, SIDE, np.random.RandomState(0))
+    crop = random_sized(image, SIDE, np.random.RandomState(0))
     pixels = resized(image, SIDE)
     ((_, top, left),) = places(crop, {SIDE: pixels})
     middle = ((pixels.shape[0] - SIDE) / 2, (pixels.shape[1] - SIDE) / 2)
@@ -182,7 +198,7 @@ def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images(shape):
     image = noise(*shape)
     pixels = resized(image, 18)  # 16 x 256 / 224
     bottom, right = (length - SIDE for length in pixels.shape[:2])
-    crops = stream.ten_crop(image, SIDE)
+    crops = ten_crop(image, SIDE)
     assert crops.shape == (10, SIDE, SIDE, 3) and crops.dtype == np.uint8
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
     for crop, (top, left) in zip(crops, corners, strict=False):
@@ -191,7 +207,7 @@ def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images(shape):
     centres = itertools.product({bottom // 2, -(-bottom // 2)}, {right // 2, -(-right // 2)})
     assert any(abs(squares(pixels)[place] - crops[4]).max() <= 1 for place in centres)
     np.testing.assert_array_equal(crops[5:], crops[:5, :, ::-1])
-    np.testing.assert_array_equal(stream.centre(image, SIDE), crops[4])
+    np.testing.assert_array_equal(centre(image, SIDE), crops[4])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +362,7 @@ def whole(contents):
 
 def make_reader(contents=CONTENTS, rows=range(BATCH), seed=0, split=None):
     split = split or whole(contents)
-    return stream.TrainingReader(split, BATCH, np.array(rows), seed, SIDE, stream.random_sized)
+    return TrainingReader(split, BATCH, np.array(rows), seed, SIDE, random_sized)
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +428,7 @@ def make_batches(split=None, workers=0, devices=8, batch_size=BATCH):
     split = split or whole(CONTENTS)
     sharding, replicated = all_devices(devices)
     mean, scale = normalisation("imagenet", split, 3)
-    return stream.StreamedBatches(
+    return StreamedBatches(
         split,
         batch_size,
         0,
@@ -420,7 +436,7 @@ def make_batches(split=None, workers=0, devices=8, batch_size=BATCH):
         scale,
         AUGMENTATION,
         image_size=SIDE,
-        crop=stream.random_sized,
+        crop=random_sized,
         workers=workers,
         sharding=sharding,
         replicated=replicated,
@@ -546,7 +562,7 @@ def test_what_cannot_be_read_is_named_once_and_counted():
     contents = list(CONTENTS)
     contents[2], contents[5], contents[7] = BROKEN[1:]
     said = []
-    corrupt = stream.Corrupt(3, said.append, ("image9",))
+    corrupt = Corrupt(3, said.append, ("image9",))
     split = whole(contents)
     corrupt.note(split, np.array([-1, -1]))
     assert said == []
@@ -565,14 +581,14 @@ def test_what_cannot_be_read_is_named_once_and_counted():
 
 def test_an_image_that_can_be_read_the_second_time_counts_all_the_same():
     said = []
-    corrupt = stream.Corrupt(1, said.append)
+    corrupt = Corrupt(1, said.append)
     corrupt.note(whole(CONTENTS), np.array([4]))
     assert "readable now" in said[0]
 
 
 def test_an_error_without_words_is_a_reason_too():
     said = []
-    stream.Corrupt(1, said.append).note(whole([OSError()]), np.array([0]))
+    Corrupt(1, said.append).note(whole([OSError()]), np.array([0]))
     assert len(said) == 1 and "OSError" in said[0]
 
 
@@ -582,7 +598,7 @@ def test_evaluation_covers_every_image_once_and_masks_what_cannot_be_read(size, 
     contents = [b"" if index in bad else CONTENTS[index] for index in range(size)]
     sharding, _ = all_devices()
     order = np.random.default_rng(0).permutation(size)
-    found = stream.streamed_evaluation_batches(
+    found = streamed_evaluation_batches(
         whole(contents).take(order),
         BATCH,
         MEAN.astype(np.float32),
@@ -600,7 +616,7 @@ def test_evaluation_covers_every_image_once_and_masks_what_cannot_be_read(size, 
     assert [*np.flatnonzero(rows["mask"])] == counted
     assert [*rows["label"][counted]] == [*order[counted]]
     assert rows["image"].shape == (len(rows["mask"]), *((10,) if tenfold else ()), SIDE, SIDE, 3)
-    crop = stream.ten_crop if tenfold else stream.centre
+    crop = ten_crop if tenfold else centre
     for row in counted:
         pixels = crop(Image.open(io.BytesIO(contents[order[row]])), SIDE)
         expected = (pixels - MEAN.ravel()) / SCALE.ravel()
@@ -635,7 +651,7 @@ def folder(tmp_path_factory):
 
 
 def test_classes_and_files_come_in_the_order_of_their_names(folder):
-    source = sources.load("image_folder", str(folder))
+    source = sets.load("image_folder", str(folder))
     assert (source.train.size, source.test.size) == (45, 21)
     for split, name in ((source.train, "train"), (source.test, "val")):
         paths = [Path(split.source.name(index)) for index in split.indices]
@@ -651,17 +667,17 @@ def test_classes_and_files_come_in_the_order_of_their_names(folder):
 def test_the_folder_to_test_on_has_one_of_three_names(name, tmp_path):
     make_folder(tmp_path, (("train", 2), (name, 1)))
     shutil.rmtree(tmp_path / name / "bee")  # not every class is tested
-    source = sources.load("image_folder", str(tmp_path))
+    source = sets.load("image_folder", str(tmp_path))
     assert [source.test.source[index][1] for index in range(2)] == [0, 2]
 
 
 def test_what_is_known_of_a_streamed_data_set_beforehand(folder):
-    entry = sources.find("image_folder", str(folder), 24)
+    entry = sets.find("image_folder", str(folder), 24)
     assert entry.num_classes == 3 and entry.image_shape == (24, 24, 3)
-    entry = sources.find("imagenet2012", image_size=64)
+    entry = sets.find("imagenet2012", image_size=64)
     assert entry.num_classes == 1000 and entry.image_shape == (64, 64, 3)
-    assert sources.find("imagenet2012").image_shape == (224, 224, 3)
-    assert sources.find("digits", image_size=64).image_shape == (8, 8, 1)
+    assert sets.find("imagenet2012").image_shape == (224, 224, 3)
+    assert sets.find("digits", image_size=64).image_shape == (8, 8, 1)
 
 
 def remove_images(folder):
@@ -697,16 +713,16 @@ def test_a_folder_that_does_not_fit_is_refused_with_what_is_missing(damage, tmp_
     change, says = DAMAGES[damage]
     change(tmp_path)
     with pytest.raises(InputError, match=says):
-        sources.load("image_folder", str(tmp_path))
+        sets.load("image_folder", str(tmp_path))
 
 
 def test_a_folder_must_be_named():
     with pytest.raises(InputError, match=r"image_folder needs dataset\.data_dir: .*train/CLASS"):
-        sources.load("image_folder")
+        sets.load("image_folder")
 
 
 def test_worker_processes_give_the_same_batches_and_end_with_the_stream(folder):
-    split = sources.load("image_folder", str(folder)).train
+    split = sets.load("image_folder", str(folder)).train
     with closing(make_batches(split).iterate(1, 6)) as alone:
         expected = [*alone]
     workers = make_batches(split, workers=2)
@@ -739,7 +755,7 @@ def imagenet(tmp_path_factory):
 
 
 def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
-    source = sources.load("imagenet2012", str(imagenet))
+    source = sets.load("imagenet2012", str(imagenet))
     for split, count, file in ((source.train, 20, "n01"), (source.test, 9, "val")):
         assert split.size == len(split.source) == count
         known = {}
@@ -757,31 +773,29 @@ def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
 
 
 def test_imagenet_is_streamed(imagenet):
-    split = sources.load("imagenet2012", str(imagenet)).train
+    split = sets.load("imagenet2012", str(imagenet)).train
     found = np.concatenate([batch["label"] for batch, _ in make_batches(split).iterate(0, 5)])
     expected = sorted(999 * index // 19 for index in range(20))
     assert sorted(found[:20]) == sorted(found[20:]) == expected
 
 
 def test_a_record_that_is_no_image_is_named_by_its_file(imagenet, monkeypatch):
-    split = sources.load("imagenet2012", str(imagenet)).test
+    split = sets.load("imagenet2012", str(imagenet)).test
     said = []
-    read = sources.Records.__getitem__
-    monkeypatch.setattr(
-        sources.Records, "__getitem__", lambda self, index: (b"", read(self, index)[1])
-    )
-    stream.Corrupt(1, said.append).note(split, np.array([4]))
+    read = Records.__getitem__
+    monkeypatch.setattr(Records, "__getitem__", lambda self, index: (b"", read(self, index)[1]))
+    Corrupt(1, said.append).note(split, np.array([4]))
     assert "validation record 4 val_" in said[0]
 
 
 def test_imagenet_that_is_not_prepared_is_answered_with_how(tmp_path):
     with pytest.raises(InputError, match="not prepared") as caught:
-        sources.load("imagenet2012", str(tmp_path))
+        sets.load("imagenet2012", str(tmp_path))
     for part in (f"tfds build imagenet2012 --data_dir={tmp_path}", "array_record", "image_folder"):
         assert part in str(caught.value)
     for name in ("imagenet2012", "image_folder"):
         with pytest.raises(InputError, match="tfds build imagenet2012"):
-            sources.prepare(name, str(tmp_path))
+            preparation.prepare(name, str(tmp_path))
 
 
 # Runs
@@ -847,9 +861,7 @@ def named(said):
 
 def final(path):
     """The last checkpoint's state and counters."""
-    setup = loop.set_up(
-        config(json.loads((path / "config.json").read_text())["dataset"]["data_dir"])
-    )
+    setup = set_up(config(json.loads((path / "config.json").read_text())["dataset"]["data_dir"]))
     with closing(Checkpoints(path / "checkpoints", 2)) as checkpoints:
         assert checkpoints.latest_step == STEPS
         restored = checkpoints.restore(jax.eval_shape(setup.new_state))
@@ -879,7 +891,7 @@ def stopped(broken, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "stopped"
     # Three corrupt training images it may meet, but not the one to test on.
     first = run(path, config(broken, **{"dataset.max_corrupt_images": 3}))
-    observe = loop.Log.step
+    observe = log.Log.step
 
     def interrupted(self, step, metrics):
         if step == 5:  # after the checkpoint at 4
@@ -887,7 +899,7 @@ def stopped(broken, tmp_path_factory):
         observe(self, step, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Log, "step", interrupted)
+        patch.setattr(log.Log, "step", interrupted)
         second = run(path, config(broken))
     return path, first, second, run(path, config(broken))
 
@@ -898,7 +910,7 @@ def test_a_run_skips_so_many_corrupt_images_as_are_allowed(finished, broken):
     # All of training's are met in the first epoch, and each is named once; then the one to test on.
     assert sorted(named(said)) == sorted(BAD) and named(said)[-1] == BAD[-1]
     assert final(path)[1] == [str(broken / name) for name in named(said)]
-    assert loop.evaluate(path, "test")["images"] == 20  # of 21
+    assert evaluation.evaluate(path, "test")["images"] == 20  # of 21
 
 
 def test_a_run_with_more_corrupt_images_stops_and_names_them(stopped):
@@ -912,8 +924,8 @@ def test_a_run_with_more_corrupt_images_stops_and_names_them(stopped):
 def test_a_resumed_run_remembers_the_corrupt_images_that_it_had_met(stopped, finished, broken):
     _, (first, _), (second, error), (third, nothing) = stopped
     assert isinstance(error, KeyboardInterrupt) and nothing is None
-    train = sources.load("image_folder", str(broken)).train
-    reader = stream.TrainingReader(train, 16, np.arange(16), 0, SIDE, stream.random_sized)
+    train = sets.load("image_folder", str(broken)).train
+    reader = TrainingReader(train, 16, np.arange(16), 0, SIDE, random_sized)
     indices = np.concatenate([reader(step)["corrupt"] for step in range(2)])
     early = (indices >= 0).sum()  # met before the checkpoint at step 2
     assert 0 < early < 3, "choose others in BAD: some before, some after"
@@ -928,17 +940,17 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(stopped, finished):
 
 
 def test_ten_crops_are_evaluated_by_their_mean_probability(finished, broken):
-    _, _, state = loop.load(finished[0])
+    _, _, state = evaluation.load(finished[0])
     # A surer network than six steps make, so that its ten answers differ.
     params = {**state.params, "head": jax.tree.map(lambda x: 10 * x, state.params["head"])}
     state = state.replace(params=params)
-    setup = loop.set_up(config(broken, **{"dataset.ten_crop": True}))
-    values = loop.make_evaluator(setup, 16)(state, "test")
+    setup = set_up(config(broken, **{"dataset.ten_crop": True}))
+    values = evaluation.make_evaluator(setup, 16)(state, "test")
     source = setup.splits["test"].source
     crops, labels = [], []
     for content, label in map(source.__getitem__, range(len(source))):
         with contextlib.suppress(OSError):
-            crops.append(stream.ten_crop(stream.decode(content), SIDE))
+            crops.append(ten_crop(stream.decode(content), SIDE))
             labels.append(label)
     assert values["images"] == len(labels) == 20
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
@@ -966,7 +978,7 @@ def test_an_evaluation_without_a_readable_image_says_so(finished, broken, tmp_pa
     for name in "ab":
         (folder / "val" / "ape" / f"{name}.jpg").write_text("no image")
     with pytest.raises(RunError):
-        loop.evaluate(finished[0], "test", str(folder))
+        evaluation.evaluate(finished[0], "test", str(folder))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ import pytest
 from conftest import ROOT
 
 from configs import digits
-from resvariants import InputError, loop, sources
+from resvariants import InputError
+from resvariants.data import sets
+from resvariants.data.splits import Source, Split
+from resvariants.training import loop
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -30,14 +33,16 @@ import sweep
 @pytest.fixture(scope="module", autouse=True)
 def few_digits():
     """128 training and 40 test images, so that no evaluation takes long."""
-    train, test = sources.load("digits")
-    few = sources.Source(
-        sources.Split(train.images[:128], train.labels[:128]),
-        sources.Split(test.images[:40], test.labels[:40]),
+    train, test = sets.load("digits")
+    few = Source(
+        Split(train.images[:128], train.labels[:128]),
+        Split(test.images[:40], test.labels[:40]),
     )
-    load = sources.load
+    load = sets.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "load", lambda name, *_: few if name == "digits" else load(name, *_))
+        patch.setattr(
+            sets, "load", lambda name, *_, **__: few if name == "digits" else load(name, *_)
+        )
         yield
 
 

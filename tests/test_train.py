@@ -11,14 +11,9 @@ from flax import traverse_util
 
 from configs import default
 from resvariants import InputError, create_model
-from resvariants.summary import abstract_variables
-from resvariants.train import (
-    create_state,
-    eval_step,
-    make_optimizer,
-    make_schedule,
-    train_step,
-)
+from resvariants.networks.summary import abstract_variables
+from resvariants.training.optimizer import make_optimizer, make_schedule
+from resvariants.training.step import create_state, eval_step, train_step
 
 
 def schedule_config(**changes):

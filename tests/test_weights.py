@@ -18,10 +18,11 @@ from conftest import ROOT
 from test_resnet import random_variables
 
 from resvariants import InputError, create_model, list_models
-from resvariants.parallel import compiler_options
-from resvariants.summary import abstract_variables
-from resvariants.weights import load_torch, read_state_dict, stack, to_torch, transfer, unstack
-from resvariants.zoo import ZOO, find
+from resvariants.networks.summary import abstract_variables
+from resvariants.networks.zoo import ZOO, find
+from resvariants.training.parallel import compiler_options
+from resvariants.weights.convert import load_torch, read_state_dict, to_torch, transfer
+from resvariants.weights.stacks import stack, unstack
 
 CIFAR = (32, 32, 3)
 

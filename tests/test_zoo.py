@@ -3,8 +3,14 @@
 import pytest
 
 from resvariants import InputError, create_model, list_models
-from resvariants.summary import abstract_variables, count_parameters, format_summary, summarise
-from resvariants.zoo import cifar_resnet, find
+from resvariants.networks.resnet import cifar_resnet
+from resvariants.networks.summary import (
+    abstract_variables,
+    count_parameters,
+    format_summary,
+    summarise,
+)
+from resvariants.networks.zoo import find
 
 # Section 4.2 and table 6 of He et al. 2015, and He et al. 2016: convolutions, BatchNorm scales and
 # biases, and the classifier, for 10 classes.

@@ -1,0 +1,218 @@
+"""What does a gate do to a unit, and which gates does stochastic depth draw?
+
+A network with L residual units takes one gate vector of shape (L,): boolean gates really skip
+units, float gates scale residual branches, None leaves everything on. Stochastic depth, lesions,
+path counts and effective-path training are all choices of this vector.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from resvariants.errors import InputError, choose
+
+
+def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
+    """The output of `unit` for input `x` under its scalar `gate`, from one of two functions.
+
+    - None: `on(unit, None, x)`.
+    - float: `on(unit, gate, x)`, which scales the branch; 0 and 1 give what the booleans give, at
+      full cost.
+    - boolean: a conditional between `on(unit, None, x)` and `off(unit, x)`, or just one of them if
+      the value is Python's own. Where false, the work is saved and the branch's BatchNorm
+      statistics stay put. All devices must see the same value, or collectives inside the branch
+      never meet.
+
+    With `remat`, only `x` is kept for the backward pass. (Around the conditional instead of inside
+    its branches, rematerialisation would run both.)
+    """
+    if remat:
+        on, off = nn.remat(on), nn.remat(off)
+    if gate is False:
+        return off(unit, x)
+    if gate is None or gate is True or unit.is_initializing():
+        return on(unit, None, x)
+    if jnp.result_type(gate) == jnp.bool_:
+        return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
+    return on(unit, jnp.asarray(gate, x.dtype), x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_kept(unit, gates, x, stats, params, rngs):
+    """Those units of a stack whose boolean gate is true, one after another, in a loop for CPUs.
+
+    For units that give their input back when skipped. They are not even looped over; and what runs
+    runs on all cores, as XLA's CPU backend has it in loops, but not in conditionals. The backward
+    pass keeps the kept units' inputs, and computes the rest again.
+
+    Args:
+      unit: `(x, stats, params, rngs) -> (y, stats)`, of one unit, with y like x.
+      stats, params, rngs: trees stacked along the first axis, as long as `gates`.
+
+    Returns:
+      The last unit's output, and the stack of statistics, unchanged where skipped.
+    """
+    return _run_kept_forward(unit, gates, x, stats, params, rngs)[0]
+
+
+def _run_kept_forward(unit, gates, x, stats, params, rngs):
+    order = jnp.argsort(~gates)  # the kept ones first, both parts in their order
+
+    def turn(t, carry):
+        x, inputs, after = carry
+        i = order[t]
+        y, updated = unit(x, *(_take(stack, i) for stack in (stats, params, rngs)))
+        return y, _put(inputs, t, x), _put(after, i, updated)
+
+    inputs = jnp.broadcast_to(jnp.zeros_like(x), (len(gates), *x.shape))
+    y, inputs, after = lax.fori_loop(0, gates.sum(), turn, (x, inputs, stats))
+    return (y, after), (order, gates.sum(), inputs, stats, params, rngs)
+
+
+def _run_kept_backward(unit, saved, gradients):
+    order, kept, inputs, stats, params, rngs = saved
+
+    def turn(t, carry):
+        grad, grad_stats, grad_params = carry
+        at = kept - 1 - t
+        i = order[at]
+        run = partial(unit, rngs=_take(rngs, i))
+        backward = jax.vjp(run, _take(inputs, at), _take(stats, i), _take(params, i))[1]
+        grad, *grads = backward((grad, _take(grad_stats, i)))
+        return grad, _put(grad_stats, i, grads[0]), _put(grad_params, i, grads[1])
+
+    none = jax.tree.map(jnp.zeros_like, params)
+    return None, *lax.fori_loop(0, kept, turn, (*gradients, none)), None
+
+
+run_kept.defvjp(_run_kept_forward, _run_kept_backward)
+
+
+def _take(stack, i):
+    # (Indexing by brackets would be a gather, and setting a scatter: slower for XLA.)
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+
+
+def _put(stack, i, tree):
+    return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=i, axis=0), stack, tree)
+
+
+def check_gates(gates, num_units: int) -> jax.Array:
+    """`gates` as an array.
+
+    Raises:
+      InputError: their shape is not (num_units,).
+    """
+    gates = jnp.asarray(gates)
+    if gates.shape != (num_units,):
+        raise InputError(
+            f"gates of shape {gates.shape}: this network has {num_units} units and takes shape"
+            f" ({num_units},)"
+        )
+    return gates
+
+
+def gates_by_stage(gates: jax.Array | None, stage_sizes: Sequence[int]) -> list:
+    """Each stage's part of the gate vector."""
+    if gates is None:
+        return [None] * len(stage_sizes)
+    ends = list(accumulate(stage_sizes))
+    return [gates[end - size : end] for size, end in zip(stage_sizes, ends, strict=True)]
+
+
+def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:
+    """Survival probabilities p_l = 1 - (l/L)(1 - p_L), l = 1..L (Huang et al. 2016, eq. 4)."""
+    return 1 - jnp.arange(1, num_units + 1) / num_units * (1 - final)
+
+
+def uniform(num_units: int, final: float = 0.5) -> jax.Array:
+    """Survival probabilities p_l = p_L for every unit."""
+    return jnp.full((num_units,), final)
+
+
+SURVIVAL_SCHEDULES = {"linear": linear_decay, "uniform": uniform}
+SURVIVAL_DRAWS = ("batch", "exact", "example")
+
+
+def survival_probabilities(schedule: str, num_units: int, final: float) -> jax.Array:
+    """Shape (num_units,), float32: the named schedule ending at `final`, which is in (0, 1].
+
+    Raises:
+      InputError: unknown schedule, or `final` outside (0, 1].
+    """
+    check_survival(final)
+    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_units, final)
+
+
+def check_survival(probability: float) -> None:
+    """Raises InputError if `probability` is outside (0, 1]."""
+    if not 0 < probability <= 1:
+        raise InputError(
+            f"survival probability {probability} is outside (0, 1]: it is the chance that the last"
+            " unit is kept (0.5 in the paper, 1 for constant depth)"
+        )
+
+
+def draw_for_examples(key: jax.Array, survival: jax.Array, batch: int) -> jax.Array:
+    """Float gates that drop units for each example by itself and rescale what stays by 1 / p.
+
+    Not what Huang et al. 2016 do (one draw for a batch, and residuals scaled in evaluation), but
+    what many libraries mean by stochastic depth, also called drop path.
+
+    Args:
+      survival: probabilities, shape (num_units,).
+
+    Returns:
+      0 or 1 / p, shape (num_units, batch, 1, 1, 1).
+    """
+    survival = survival.reshape(-1, 1, 1, 1, 1)
+    return jax.random.bernoulli(key, survival, (len(survival), batch, 1, 1, 1)) / survival
+
+
+def draw_exactly(key: jax.Array, num_units: int, kept: int) -> jax.Array:
+    """Boolean gates (num_units,), of which `kept` are true in every draw.
+
+    Veit et al. 2016 train only on short paths so: exactly 23 of 54 units for each batch.
+    """
+    return jax.random.permutation(key, jnp.arange(num_units) < kept)
+
+
+class StochasticDepth(nn.Module):
+    """Somebody's own residual branch, dropped at random while training (Huang et al. 2016).
+
+    `x + StochasticDepth(branch, 0.8)(x, train=train)`. Each batch's draw, from the rng stream
+    `stochastic_depth`, keeps or skips the whole branch: when skipped, its work is saved and its
+    variables stay put. In evaluation the branch is scaled by its survival probability.
+
+    Attributes:
+      branch: a module whose output has the shape and dtype of its first argument.
+      survival_probability: in (0, 1].
+    """
+
+    branch: nn.Module
+    survival_probability: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *args, train: bool, **kwargs) -> jax.Array:
+        """The branch's output for `x` and whatever else it takes, or zeros.
+
+        Raises:
+          InputError: survival probability outside (0, 1].
+        """
+        check_survival(self.survival_probability)
+        gate = None
+        if self.survival_probability < 1 and not self.is_initializing():
+            gate = jnp.asarray(self.survival_probability)
+            if train:
+                gate = jax.random.bernoulli(self.make_rng("stochastic_depth"), gate)
+
+        def on(module, gate, x):
+            y = module.branch(x, *args, **kwargs)
+            return y if gate is None else gate * y
+
+        return apply_gate(self, on, lambda module, x: jnp.zeros_like(x), gate, x)

@@ -1,0 +1,129 @@
+"""What do networks share besides convolutions and normalisations: activations, pooling, heads?"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from resvariants.errors import InputError
+from resvariants.networks.convolution import ModuleFactory
+
+
+def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
+    """`x` after what `words` name in their order: "norm" (by `norm()`), "relu", both or nothing."""
+    for word in words.split():
+        x = norm()(x) if word == "norm" else nn.relu(x)
+    return x
+
+
+def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.Array]:
+    """`pooled`, which is `x` (batch, channels), and, unless there are no classes, `logits`.
+
+    Both at least float32; the linear classifier is called `head`, and takes `nn.Dense`'s options.
+    """
+    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if num_classes == 0:
+        return {"pooled": pooled}
+    head = nn.Dense(num_classes, name="head", **dense_options)
+    return {"pooled": pooled, "logits": head(pooled)}
+
+
+def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+    """`classify` of feature maps' averages over height and width."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return classify(x.mean((1, 2)), num_classes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(function: Callable, *args):
+    """`function(*args)`, of which the backward pass keeps nothing but `args`.
+
+    `jax.checkpoint` for code outside of loops, where XLA's CPU backend finds that something is
+    computed twice and keeps the first result after all. It does not look into conditionals.
+    """
+    return function(*args)
+
+
+def _recomputed_forward(function, *args):
+    return function(*args), args
+
+
+def _recomputed_backward(function, args, gradients):
+    def backward(args, gradients):
+        return jax.vjp(function, *args)[1](gradients)
+
+    if jax.default_backend() != "cpu":
+        return backward(*lax.optimization_barrier((args, gradients)))
+    # The predicate is always true, which the compiler does not know. As it depends on the gradient,
+    # nothing can be recomputed before its time.
+    some = jax.tree.leaves(gradients)[0].ravel()[0]
+    always = ~(jnp.abs(jnp.sign(some)) > 1)
+    never = partial(jax.tree.map, jnp.zeros_like)
+    return lax.cond(always, backward, lambda args, _: never(args), args, gradients)
+
+
+recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+
+
+def stride_between(images, maps) -> int:
+    """How many rows of `images` there are for one of `maps`; a power of two, whatever the edges."""
+    return 2 ** round(math.log2(images.shape[1] / maps.shape[1]))
+
+
+def check_size(what: str, x: jax.Array, least: int) -> None:
+    """Raises InputError if `x`, `what` in words, has less than `least` rows or columns."""
+    height, width = x.shape[1:3]
+    if min(height, width) < least:
+        raise InputError(
+            f"{what} of {height}x{width} are too small for this network's strides, which need at"
+            f" least {least}x{least}"
+        )
+
+
+def check_dropout_rate(rate: float) -> None:
+    """Raises InputError if `rate` is outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise InputError(f"dropout rate {rate} is outside [0, 1): it is the share that is dropped")
+
+
+def max_pool(x: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
+    """Maximum over `window` x `window` positions, padded by `padding` cells of -inf a side."""
+    return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+
+def halving_max_pool(x: jax.Array, window: int) -> jax.Array:
+    """Maximum over `window` x `window` positions, 2 apart; height and width become n // 2.
+
+    The windows of 3 that an even size leaves over the edge are cut there (Caffe's way).
+    """
+    edges = [(0, max(0, 2 * (n // 2 - 1) + window - n)) for n in x.shape[1:3]]
+    return nn.max_pool(x, (window, window), (2, 2), edges)
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """(batch, height, width, channels) -> (batch, features), channels fastest."""
+    return x.reshape(len(x), -1)
+
+
+def hidden_layers(
+    x: jax.Array, sizes: Sequence[int], dropout_rate: float, train: bool, **dense_options
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Fully connected layers `hidden1`, ... with ReLU and dropout, on (batch, features).
+
+    Returns:
+      The last one's output, and the outputs by name.
+
+    Raises:
+      InputError: dropout rate outside [0, 1).
+    """
+    check_dropout_rate(dropout_rate)
+    outputs = {}
+    for i, size in enumerate(sizes, 1):
+        name = f"hidden{i}"
+        x = nn.relu(nn.Dense(size, name=name, **dense_options)(x))
+        x = outputs[name] = nn.Dropout(dropout_rate, deterministic=not train)(x)
+    return x, outputs

@@ -1,0 +1,352 @@
+"""How does a list of stages of units become a network?
+
+The parameter tree is public: `stem`, `stage1/first`, `stage1/rest`, `stage2/first`, ..., `head`.
+`rest` holds the stage's units after the first, every leaf stacked along a leading axis, so that
+deleting or permuting units is indexing. How the stack is executed (`remat`, `unroll`, gates) never
+changes the tree.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from resvariants.errors import InputError, check_choice, choose
+from resvariants.networks.blocks import BasicUnit, Unit
+from resvariants.networks.convolution import ModuleFactory, conv
+from resvariants.networks.gates import (
+    SURVIVAL_DRAWS,
+    check_gates,
+    draw_exactly,
+    draw_for_examples,
+    gates_by_stage,
+    survival_probabilities,
+)
+from resvariants.networks.layers import activate, max_pool, pool_and_classify, stride_between
+from resvariants.networks.normalisation import batch_norm
+from resvariants.networks.parts import (
+    PLACEMENTS,
+    WEIGHTS,
+    basic_branch,
+    bottleneck_branch,
+    plain_merge,
+    residual_merge,
+    single_branch,
+)
+from resvariants.networks.shortcuts import SHORTCUTS
+from resvariants.networks.stage import Stage
+
+
+class Stem(nn.Module):
+    """Convolution-BN-ReLU before the first stage, and for ImageNet a 3x3 max pool of stride 2.
+
+    Without `activation`, it is left to the first unit.
+    """
+
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    kernel_size: int = 3
+    strides: int = 1
+    pool: bool = False
+    activation: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Images (batch, height, width, channels) -> feature maps."""
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
+        if self.activation:
+            x = nn.relu(self.norm(name="norm")(x))
+        return max_pool(x, 3, 2, 1) if self.pool else x
+
+
+ImageNetStem = partial(Stem, kernel_size=7, strides=2, pool=True)
+
+
+class ResNet(nn.Module):
+    """A stem, stages of residual (or plain) units, global average pooling and a linear classifier.
+
+    Collections `params` and `batch_stats`; rng stream `stochastic_depth` if `survival_probability`
+    is below 1, and `dropout` if the units have any.
+
+    Attributes:
+      stage_sizes: units in each stage.
+      features: output channels of each stage; every stage but the first halves the map.
+      num_classes: length of the logits; 0 gives pooled features instead.
+      unit: a unit factory, such as `BasicUnit` or a `partial` of `Unit`.
+      final_activation: of units that pre-activate: what stands after the last addition, "norm relu"
+        or "relu". The first unit then shares the stem's activation (He et al. 2016, appendix).
+      stem: a factory `(features, conv, norm)`; None is `Stem`. (Were that the default itself, NNX's
+        bridge would take it for the submodule of the same name.)
+      stem_features: channels of the stem.
+      survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
+        unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
+        training and residuals scaled by their probability in evaluation.
+      survival_draw: "batch": one draw for all examples, as in the paper; "exact": one that keeps
+        the same number of units always (`gates.draw_exactly`; uniform schedule only); "example":
+        another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
+      remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
+        rest; "sqrt": keep only the inputs of groups of units (Chen et al. 2016), all in all about
+        4 sqrt(n) arrays for a stage of n units, and recompute each unit once, as "block" does.
+        "auto" is "block" on CPUs in stages of `LONG_STAGE` units or more, otherwise "none".
+      unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
+        None is one, but for stages of three units, where the loop costs more than it saves.
+      output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
+        as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
+        every other row and column what the strides would have (units must know `dilation` and
+        `dilate`, as `Unit` does). None: as built.
+      frozen_norm: BatchNorm uses its running statistics in training, too, which do not move, and
+        its scales and biases get no gradient.
+      dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
+      axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
+      shares_stem_activation: false: also the first unit pre-activates for itself, as it must behind
+        a stem without activation.
+    """
+
+    stage_sizes: Sequence[int]
+    features: Sequence[int]
+    num_classes: int
+    unit: ModuleFactory = BasicUnit
+    final_activation: str = ""
+    stem: ModuleFactory | None = None
+    stem_features: int = 16
+    survival_probability: float = 1.0
+    survival_schedule: str = "linear"
+    survival_draw: str = "batch"
+    remat: str = "auto"
+    unroll: int | bool | None = None
+    output_stride: int | None = None
+    frozen_norm: bool = False
+    dtype: Any = None
+    axis_name: str | None = None
+    shares_stem_activation: bool = True
+
+    @property
+    def num_units(self) -> int:
+        """L, the length of the gate vector."""
+        return sum(self.stage_sizes)
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        gates: jax.Array | None = None,
+        return_features: bool = False,
+    ) -> Any:
+        """Logits of a batch of images.
+
+        Args:
+          images: (batch, height, width, channels), floating point, normalised.
+          train: use and update batch statistics.
+          gates: (num_units,), boolean (really skip) or float (scale); overrides stochastic depth.
+          return_features: return a dict `stem`, `stage1`, ..., `pooled`, `logits` instead, with
+            `final_norm` before `pooled` where there is a final activation.
+
+        Returns:
+          Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
+
+        Raises:
+          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
+        """
+        if gates is None:
+            gates = self._stochastic_depth_gates(train, len(images))
+        else:
+            gates = check_gates(gates, self.num_units)
+        make_conv = partial(conv, dtype=self.dtype)
+        make_norm = batch_norm(
+            train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
+        )
+        unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
+
+        x = (self.stem or Stem)(self.stem_features, make_conv, make_norm, name="stem")(images)
+        outputs = {"stem": x}
+        stages = zip(
+            self.stage_sizes,
+            self.features,
+            self._geometry(stride_between(images, x)),
+            gates_by_stage(gates, self.stage_sizes),
+            strict=True,
+        )
+        for i, (size, features, (strides, dilation), stage_gates) in enumerate(stages):
+            stage = Stage(
+                unit,
+                size,
+                features,
+                strides=strides,
+                dilation=dilation or 1,
+                dilate=dilation is not None,
+                activated=i == 0 and bool(self.final_activation) and self.shares_stem_activation,
+                remat=self.remat,
+                unroll=self.unroll,
+                name=f"stage{i + 1}",
+            )
+            x = outputs[f"stage{i + 1}"] = stage(x, stage_gates)
+        if self.final_activation:
+            x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
+            outputs["final_norm"] = x
+        outputs |= pool_and_classify(x, self.num_classes)
+        return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
+
+    def _geometry(self, stride):
+        # Each stage's stride, behind a stem of that stride, and the dilation it starts with if that
+        # takes the stride's place.
+        allowed = [stride * 2**i for i in range(len(self.stage_sizes))]
+        if self.output_stride not in (None, *allowed):
+            raise InputError(
+                f"output_stride {self.output_stride}: this network can have"
+                f" {', '.join(map(str, allowed))}"
+            )
+        dilation, geometry = 1, [(1, None)]
+        for _ in self.stage_sizes[1:]:
+            if stride == self.output_stride:
+                geometry.append((2, dilation))
+                dilation *= 2
+            else:
+                geometry.append((2, None))
+                stride *= 2
+        return geometry
+
+    def residual_scales(self) -> jax.Array | None:
+        """What evaluation multiplies each unit's residual with, (num_units,); None is 1 for all."""
+        check_choice("survival_draw", self.survival_draw, SURVIVAL_DRAWS)
+        survival = survival_probabilities(
+            self.survival_schedule, self.num_units, self.survival_probability
+        )
+        if self.survival_draw == "exact":
+            survival = jnp.full_like(survival, self._kept() / self.num_units)
+        constant = self.survival_probability == 1 or self.survival_draw == "example"
+        return None if constant else survival
+
+    def _kept(self):
+        kept = round(self.survival_probability * self.num_units)
+        if self.survival_schedule != "uniform" or kept == 0:
+            raise InputError(
+                "survival_draw 'exact' keeps the same number of units always, all alike: it needs"
+                " survival_schedule 'uniform', and a survival probability that keeps one at least"
+                f" of {self.num_units}"
+            )
+        return kept
+
+    def _stochastic_depth_gates(self, train, batch):
+        scales = self.residual_scales()
+        if self.survival_probability == 1 or self.is_initializing():
+            return None
+        if not train:
+            return scales
+        if self.survival_draw == "exact":
+            return draw_exactly(self.make_rng("stochastic_depth"), self.num_units, self._kept())
+        survival = survival_probabilities(
+            self.survival_schedule, self.num_units, self.survival_probability
+        )
+        if self.survival_draw == "example":
+            return draw_for_examples(self.make_rng("dropout"), survival, batch)
+        return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)
+
+
+# He et al. 2015, table 1: units per stage of ImageNet nets, by depth.
+BASIC_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+BOTTLENECK_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def cifar_resnet(
+    depth: int,
+    num_classes: int = 10,
+    *,
+    bottleneck: bool = False,
+    one_layer_skip: bool = False,
+    plain: bool = False,
+    shortcut: str | None = None,
+    placement: str = "original",
+    weights: str | None = None,
+    share_preactivation: bool | None = None,
+    **options,
+) -> ResNet:
+    """A network for 32x32 images, three stages of n units (He et al. 2015, 4.2; 2016, appendix).
+
+    Args:
+      depth: weighted layers: 6n+2 with basic units, 9n+2 with bottlenecks.
+      one_layer_skip: 2n units of one convolution a stage instead of n units of two.
+      plain: without shortcuts.
+      placement, weights: keys of `blocks.PLACEMENTS` and `blocks.WEIGHTS`.
+      share_preactivation: whether shortcuts of units that change shape start from the unit's
+        pre-activation. None: projections do, option A starts from the unit's input, as the 2016
+        paper's text has it (fb.resnet.torch shares with option A, too).
+      shortcut: a key of `layers.SHORTCUTS`; None is the paper's choice: A for basic units, B for
+        bottlenecks (He et al. 2016).
+      options: further attributes of `ResNet`.
+
+    Raises:
+      InputError: no whole number of units gives this depth.
+    """
+    n = _units_per_stage(depth, 9 if bottleneck else 6)
+    widths = (64, 128, 256) if bottleneck else (16, 32, 64)
+    branch = bottleneck_branch if bottleneck else basic_branch
+    if one_layer_skip:
+        branch, n = single_branch, 2 * n
+    shortcut = shortcut or ("B" if bottleneck else "A")
+    unit = _unit(branch, plain, shortcut, placement, weights, share_preactivation)
+    final = PLACEMENTS[placement].before
+    return ResNet((n, n, n), widths, num_classes, unit, final, **options)
+
+
+def _units_per_stage(depth, layers):
+    n, rest = divmod(depth - 2, layers)
+    if rest or n < 1:
+        near = max(n, 1)
+        options_text = " or ".join(f"{layers * k + 2} (n={k})" for k in (near, near + 1))
+        kind = "bottleneck" if layers == 9 else "two-convolution"
+        raise InputError(
+            f"depth {depth} is not {layers}n+2, as three stages of n {kind} units have it; the"
+            f" nearest depths are {options_text}"
+        )
+    return n
+
+
+def _unit(branch, plain, shortcut, placement="original", weights=None, share_preactivation=None):
+    if share_preactivation is None:
+        share_preactivation = not shortcut.startswith("A")
+    # A plain unit has no parameters besides its branch: where a gate skips it, option A stands in.
+    return partial(
+        Unit,
+        branch=branch,
+        merge=plain_merge if plain else residual_merge,
+        shortcut=choose("shortcut", "A" if plain else shortcut, SHORTCUTS),
+        placement=choose("placement", placement, PLACEMENTS),
+        weights=None if weights is None else choose("weights", weights, WEIGHTS),
+        share_preactivation=share_preactivation,
+    )
+
+
+def imagenet_resnet(
+    stage_sizes: tuple[int, ...],
+    num_classes: int = 1000,
+    *,
+    bottleneck: bool = False,
+    plain: bool = False,
+    shortcut: str = "B",
+    strided_conv: int = 1,
+    placement: str = "original",
+    **options,
+) -> ResNet:
+    """A network for 224x224 images (He et al. 2015, table 1).
+
+    Args:
+      stage_sizes: units per stage.
+      strided_conv: which convolution of a bottleneck has the stride (see `bottleneck_branch`).
+      shortcut: a key of `layers.SHORTCUTS`.
+      placement: a key of `blocks.PLACEMENTS`.
+      options: further attributes of `ResNet`.
+    """
+    branch = basic_branch
+    if bottleneck:
+        branch = partial(bottleneck_branch, strided_conv=strided_conv)
+    widths = tuple((256 if bottleneck else 64) * 2**i for i in range(len(stage_sizes)))
+    unit = _unit(branch, plain, shortcut, placement)
+    options = {"stem": ImageNetStem, "stem_features": 64, **options}
+    return ResNet(stage_sizes, widths, num_classes, unit, PLACEMENTS[placement].before, **options)

@@ -1,0 +1,116 @@
+"""How do names in configs stand for networks, data sets, optimisers, schedules and augmentations?
+
+Each kind has one `Register`. What comes with the library and what a user's own modules add
+(`register_model("my_net")` and its like) are entries of the same kind; `import_modules` imports
+those modules, and nothing else ever does.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from resvariants.errors import InputError, UnknownName, first_line, nearest
+
+T = TypeVar("T")
+IMPORTED: list[str] = []  # by `import_modules`, as they were named
+
+
+class Register(dict[str, T]):
+    """Names of one kind and what they stand for."""
+
+    def __init__(self, kind: str):
+        """Empty; `kind` says in messages what is registered."""
+        super().__init__()
+        self.kind = kind
+
+    def add(self, name: str, entry: T) -> T:
+        """Registers `entry` as `name`.
+
+        Raises:
+          InputError: the name is taken, or none that a command line could give.
+        """
+        if name in self:
+            raise InputError(f"there is a {self.kind} {name!r} already; choose another name")
+        if not name or not name.replace("_", "a").replace(".", "a").isalnum():
+            raise InputError(f"{self.kind} {name!r}: letters, digits, points and _ make a name")
+        self[name] = entry
+        return entry
+
+
+def check_options(
+    what: str, function: Callable[..., Any], options: Mapping[str, Any], own: Sequence[str] = ()
+) -> None:
+    """Raises InputError unless every option is a keyword-only argument of `function`.
+
+    Args:
+      what: whose options they are, for the message.
+      own: keyword-only arguments that are not for configs.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
+    for name in options:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise InputError(f"{what} has no option {name!r}; {has}")
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports a user's modules, in which they register their own parts.
+
+    Args:
+      names: of modules (`my_package.my_net`), found from the current folder and PYTHONPATH, or
+        paths of files (`../my_net.py`).
+
+    Raises:
+      InputError: no such module, or it fails.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    for name in names:
+        if name in IMPORTED:
+            continue
+        try:
+            if name.endswith(".py"):
+                _import_file(Path(name))
+            else:
+                importlib.import_module(name)
+        except InputError as error:
+            raise InputError(f"--modules {name}: {error}") from error
+        except Exception as error:
+            raise InputError(f"--modules {name} cannot be imported: {first_line(error)}") from error
+        IMPORTED.append(name)
+
+
+def _import_file(path):
+    if path.stem in sys.modules:
+        raise InputError(f"there is a module {path.stem} already; give the file another name")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as an import does: pickle and dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+
+
+def whose(error: InputError, modules: Sequence[str]) -> InputError:
+    """`error`, and which of a config's `modules` to give if an unknown name may be theirs."""
+    missing = [name for name in modules if name not in IMPORTED]
+    if not missing:
+        return error
+    return InputError(
+        f"{error}. It may be registered by {', '.join(missing)}, with which this config was made:"
+        f" if you trust that code, give --modules {' '.join(missing)}"
+    )
+
+
+def unknown(kind: str, name: Any, known: Mapping[str, Any], more: str = "") -> UnknownName:
+    """The error that names the nearest of the `known` names."""
+    return UnknownName(f"unknown {kind} {name!r}; nearest: {nearest(str(name), known)}{more}")

@@ -1,0 +1,361 @@
+"""Which keys has a config? Each one's name, default, allowed values and explanation, in one place.
+
+`default_config` makes configs of them (`configs/default.py`), `check` holds configs to them, and
+`table` is the documentation's. (ml_collections keeps kinds where values are assigned, but knows no
+limits and no explanations, and nothing of what stands in a file.)
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from resvariants import registers
+from resvariants.data.augmentation import AUGMENTATIONS, NORMALISATIONS
+from resvariants.errors import InputError, check_choice
+from resvariants.networks.gates import SURVIVAL_DRAWS, SURVIVAL_SCHEDULES
+from resvariants.networks.stage import REMAT
+from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES, UNITS, WARMUPS
+from resvariants.training.parallel import MODES
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CROPS = ("random_sized", "scale_jitter")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values a key may have, in words and as a test."""
+
+    words: str
+    allows: Callable[[Any], bool]
+
+
+def _positive(x):
+    return isinstance(x, int) and x > 0
+
+
+def _natural(x):
+    return isinstance(x, int) and x >= 0
+
+
+TEXT = Kind("text", lambda x: isinstance(x, str))
+FLAG = Kind("True or False", lambda x: isinstance(x, bool))
+NUMBER = Kind("a number", lambda x: isinstance(x, int | float))
+NUMBERS = Kind("a list of numbers", lambda x: all(isinstance(n, int | float) for n in x))
+NAMES = Kind("a list of names", lambda x: all(isinstance(name, str) for name in x))
+COUNT = Kind("a positive whole number", _positive)
+NATURAL = Kind("a whole number, at least 0", _natural)
+POSITIVE = Kind("positive and finite", lambda x: 0 < x < math.inf)
+ABOVE_0 = Kind("positive", lambda x: x > 0)
+NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
+SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
+SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
+OPTIONS = Kind("options by name", lambda x: isinstance(x, Mapping | ConfigDict))
+#: `make_schedule` checks how they fit each other.
+SCHEDULED = Kind("a number of steps or epochs", lambda x: isinstance(x, int | float))
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a config.
+
+    Attributes:
+      name: with dots between its parts.
+      default: the type stands for None, with which the key is not set; values are of that type.
+      kind: what values it may have, or the names it may have.
+      text: what it means.
+      execution: it changes no result, so that a run may go on with another value.
+      since: the version that brought it; configs of earlier ones mean the default.
+    """
+
+    name: str
+    default: Any
+    kind: Kind | Collection[str]
+    text: str
+    execution: bool = False
+    since: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """What values it may have, in words."""
+        words = self.kind.words if isinstance(self.kind, Kind) else ", ".join(self.kind)
+        return f"{words}, or None" if isinstance(self.default, type) else words
+
+    def check(self, value: Any) -> None:
+        """Raises InputError if it may not have `value`."""
+        if value is None and isinstance(self.default, type):
+            return
+        if not isinstance(self.kind, Kind):
+            if value != self.default:
+                check_choice(self.name, value, self.kind)
+            return
+        try:
+            sound = self.kind.allows(value)
+        except TypeError:
+            sound = False
+        if not sound:
+            raise InputError(f"{self.name} is {value!r}; it must be {self.kind.words}")
+
+
+# The order is that of `config.json`.
+KEYS = (
+    Key("seed", 0, SEED, "of initialisation, shuffling, augmentation and stochastic depth"),
+    Key("model.name", "resnet20", TEXT, "`python -m resvariants` lists them, and more can be had"),
+    Key("model.dtype", "float32", DTYPES, "of the computation; parameters stay float32"),
+    Key(
+        "model.remat",
+        "auto",
+        REMAT,
+        "what the backward pass recomputes: nothing, each block, or groups of blocks; auto: each"
+        " block in long stages on CPUs",
+    ),
+    Key(
+        "model.unroll",
+        int,
+        NATURAL,
+        "blocks per iteration of the compiled loop; 0: no loop; None: no loop in stages of three"
+        " blocks",
+    ),
+    Key(
+        "model.dropout_rate",
+        float,
+        SHARE,
+        "of DenseNet, VGG, AlexNet and GoogLeNet's main classifier; None: the network's own",
+    ),
+    Key(
+        "model.survival_probability",
+        1.0,
+        NUMBER,
+        "of the last block, in (0, 1]; below 1: stochastic depth",
+    ),
+    Key("model.survival_schedule", "linear", SURVIVAL_SCHEDULES, "linear decay to it, or uniform"),
+    Key(
+        "model.frozen_norm",
+        False,
+        FLAG,
+        "leave BatchNorm's statistics, scales and biases as they are",
+    ),
+    Key(
+        "model.survival_draw",
+        "batch",
+        SURVIVAL_DRAWS,
+        "batch: one draw for all its images; exact: the same number always; example: drop path",
+    ),
+    Key("model.options", {}, OPTIONS, "the network's own, see `create_model`", since="0.2"),
+    Key("dataset.name", "digits", TEXT, "a data set; imagenet2012 and image_folder are streamed"),
+    Key(
+        "dataset.data_dir",
+        str,
+        TEXT,
+        "where `prepare.py` wrote, or `train/CLASS/*.jpg` and `val` of an image_folder; None:"
+        " TFDS's default",
+    ),
+    Key("dataset.options", {}, OPTIONS, "the data set's own", since="0.2"),
+    Key(
+        "dataset.validation_size",
+        0,
+        NATURAL,
+        "training images held out, chosen independently of the seed",
+    ),
+    Key(
+        "dataset.normalisation",
+        "per_pixel_mean",
+        NORMALISATIONS,
+        "by the mean image or each channel's mean of the training images, by ImageNet's mean"
+        " colour, or none",
+    ),
+    Key(
+        "dataset.crop_padding",
+        0,
+        NATURAL,
+        "pad each side by so many zeros and crop at random; 0 is off",
+    ),
+    Key("dataset.flip", False, FLAG, "mirror every other image, at random"),
+    Key(
+        "dataset.color_jitter",
+        0.0,
+        SHARE,
+        "brightness, contrast, saturation times 1 ± up to this, at random",
+    ),
+    Key(
+        "dataset.lighting",
+        0.0,
+        NOT_NEGATIVE,
+        "standard deviation of noise along the principal colours",
+    ),
+    Key(
+        "dataset.augmentation",
+        "",
+        AUGMENTATIONS,
+        "one of your own, which comes after the above; empty: none",
+        since="0.2",
+    ),
+    Key("dataset.augmentation_options", {}, OPTIONS, "its own", since="0.2"),
+    Key("dataset.image_size", 224, COUNT, "the side of streamed images, as the keys below are"),
+    Key(
+        "dataset.crop",
+        "random_sized",
+        CROPS,
+        "random_sized: 8 to 100 % of the area; scale_jitter: a square, at a random shorter side",
+    ),
+    Key("dataset.shorter_side", (256, 480), NUMBERS, "in pixels, of scale_jitter"),
+    Key(
+        "dataset.ten_crop",
+        False,
+        FLAG,
+        "evaluate corners, centre and mirror images, not the centre alone",
+    ),
+    Key(
+        "dataset.workers",
+        2,
+        NATURAL,
+        "processes that read and decode; 0 is threads of this one",
+        execution=True,
+    ),
+    Key(
+        "dataset.max_corrupt_images",
+        10,
+        NATURAL,
+        "so many images that cannot be read are skipped",
+        execution=True,
+    ),
+    Key("batch_size", 128, COUNT, "of all devices together"),
+    Key("eval_batch_size", 512, COUNT, "the same in evaluation"),
+    Key("optimizer.name", "sgd", OPTIMIZERS, "sgd is Torch's", since="0.2"),
+    Key("optimizer.options", {}, OPTIONS, "the optimiser's own, such as b1, b2, eps", since="0.2"),
+    Key("optimizer.momentum", 0.9, SHARE, "of sgd and lars"),
+    Key("optimizer.nesterov", False, FLAG, "Nesterov's momentum, in sgd, lars and adamw"),
+    Key("optimizer.weight_decay", 1e-4, NOT_NEGATIVE, "in adamw and lamb decoupled"),
+    Key(
+        "optimizer.weight_decay_parameters",
+        "kernel$",
+        TEXT,
+        "a regular expression on paths of what decays; empty: all",
+    ),
+    Key("optimizer.clip_norm", float, ABOVE_0, "largest global gradient norm; None: no clipping"),
+    Key("schedule.kind", "piecewise", SCHEDULES, "of the learning rate"),
+    Key("schedule.options", {}, OPTIONS, "the schedule's own", since="0.2"),
+    Key("schedule.unit", "steps", UNITS, "of length, milestones and warmup"),
+    Key("schedule.length", 64_000, SCHEDULED, "of the whole training"),
+    Key("schedule.learning_rate", 0.1, NOT_NEGATIVE, "at first, or at its height"),
+    Key(
+        "schedule.milestones",
+        (32_000, 48_000),
+        NUMBERS,
+        "where piecewise multiplies the rate by factor",
+    ),
+    Key("schedule.factor", 0.1, POSITIVE, "see milestones"),
+    Key("schedule.warmup", 0, SCHEDULED, "steps or epochs at another rate first"),
+    Key("schedule.warmup_learning_rate", 0.01, NOT_NEGATIVE, "see warmup_kind"),
+    Key(
+        "schedule.warmup_kind",
+        "constant",
+        WARMUPS,
+        "constant at warmup_learning_rate, or linear from it",
+    ),
+    Key("schedule.cut_to_steps", int, SCHEDULED, "shorten all of the above in proportion"),
+    Key("label_smoothing", 0.0, SHARE, "share of the target that all classes divide"),
+    Key("auxiliary_weight", 0.3, NOT_NEGATIVE, "of auxiliary classifiers' losses (GoogLeNet)"),
+    Key("parallel", "jit", MODES, "jit over a mesh of all devices, or pmap (within one process)"),
+    Key(
+        "sync_batch_norm",
+        True,
+        FLAG,
+        "BatchNorm's statistics of the global batch, or of each device's share",
+    ),
+    Key(
+        "compilation_cache",
+        str,
+        TEXT,
+        "a folder of compiled programs for later runs to take, safe to delete; not with several CPU"
+        " devices, where collectives in programs from a cache may wait for ever",
+        execution=True,
+    ),
+    Key("log_every_steps", 100, COUNT, "a row of metrics"),
+    Key("eval_every_epochs", 1.0, POSITIVE, "evaluate"),
+    Key("checkpoint_every_epochs", 1.0, POSITIVE, "save"),
+    Key("keep_checkpoints", 2, COUNT, "the newest"),
+    Key("tensorboard", False, FLAG, "also write TensorBoard events (the tensorboard extra)"),
+    Key(
+        "modules",
+        (),
+        NAMES,
+        "given with `--modules`; to tell which one a name is of, never imported from here",
+        execution=True,
+        since="0.2",
+    ),
+)
+EXECUTION_KEYS = {key.name for key in KEYS if key.execution}
+#: Keys under which anything may stand; who takes it checks it.
+OPEN = tuple(f"{key.name}." for key in KEYS if key.kind is OPTIONS)
+
+
+def default_config() -> ConfigDict:
+    """ResNet-20 on the embedded digits, with the optimiser of He et al. 2015."""
+    config = ConfigDict()
+    for key in KEYS:
+        _set(config, key, key.default)
+    config.modules = tuple(registers.IMPORTED)
+    return config
+
+
+def _set(config, key, default):
+    *parts, last = key.name.split(".")
+    for part in parts:
+        if part not in config:
+            config[part] = ConfigDict()
+        config = config[part]
+    if isinstance(default, type):
+        default = placeholder(default)
+    config[last] = ConfigDict() if default == {} else default
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values, as JSON has them, with those that its version did not have yet."""
+    config = ConfigDict(json.loads(json.dumps(values)))
+    with config.unlocked():
+        for key in KEYS:
+            if key.since:
+                try:
+                    value_of(config, key.name)
+                except (KeyError, TypeError):
+                    _set(config, key, key.default)
+    return json.loads(config.to_json())
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value of the key `name`. Raises KeyError or TypeError if there is none."""
+    return reduce(getitem, name.split("."), config)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks every value by itself.
+
+    Raises:
+      InputError: a key is missing, or its value is not allowed.
+    """
+    for key in KEYS:
+        try:
+            value = value_of(config, key.name)
+        except (KeyError, TypeError):
+            raise InputError(
+                f"the config has no {key.name}: it is of another version of resvariants. Add it to"
+                " config.json as resvariants/training/keys.py has it"
+            ) from None
+        key.check(value)
+
+
+def table() -> str:
+    """All keys as a Markdown table."""
+    rows = ["| key | default | allowed | |", "|---|---|---|---|"]
+    for key in KEYS:
+        default = None if isinstance(key.default, type) else key.default
+        rows.append(f"| `{key.name}` | `{default!r}` | {key.allowed or 'yours'} | {key.text} |")
+    return "\n".join(rows)

@@ -1,0 +1,193 @@
+"""How does a run show itself: live progress, learning curves, a report."""
+
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resvariants.networks.papers import TEST_ERRORS
+
+
+class Reporter:
+    """A progress bar with lines above it on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, *, quiet: bool = False):
+        """For a run of `total` steps; `quiet` shows nothing."""
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total)
+        self._last_line = -math.inf
+
+    def __enter__(self):
+        """Starts the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        """Leaves the terminal as it was."""
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._bar.console.print(text, markup=False)
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics: training rows on the bar, or every ten seconds as a line."""
+        text = format_row(row)
+        if row["split"] != "train":
+            self.line(text)
+        elif self._console.is_terminal:
+            self._bar.update(self._task, description=text)
+        elif time.monotonic() - self._last_line > 10:
+            self._last_line = time.monotonic()
+            self.line(text)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One row of metrics as a line."""
+    return (
+        f"step {row['step']:>6}  epoch {row['epoch']:7.2f}  {row['split']:10}"
+        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %"
+        f"  {row['images_per_second']:8,.0f} images/s"
+    )
+
+
+def plot_curves(axes: Any, runs: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Error against steps in the papers' style: training dashed, held-out splits solid.
+
+    Args:
+      axes: of matplotlib.
+      runs: the rows of each network's runs (such as those of several seeds), by its name.
+    """
+    # Marked, since a short run may have been evaluated only once.
+    styles = {"train": ("--", 0.8), "validation": (".:", 1.2), "test": (".-", 1.5)}
+    every = [row for seeds in runs.values() for rows in seeds for row in rows]
+    for number, (name, seeds) in enumerate(runs.items()):
+        for split, (style, width) in styles.items():
+            curves = [
+                [(r["step"], r["error"]) for r in rows if r["split"] == split] for rows in seeds
+            ]
+            curves = [curve for curve in curves if curve]
+            look = {"color": f"C{number}", "linewidth": width, "markersize": 4}
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), style, **look)
+            if curves and split != "train":
+                last = sum(curve[-1][1] for curve in curves) / len(curves)
+                axes.plot([], [], style, **look, label=f"{name}, {split}: {last:.2f} %")
+    # The last part of a run matters most; the first steps at chance level would flatten it.
+    errors = sorted(row["error"] for row in every)
+    axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
+    first = next(iter(runs.values()))[0]
+    rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
+    for (step, before), (_, after) in pairwise(rates):
+        if after < 0.5 * before:
+            axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="step", ylabel="error (%), training dashed")
+    axes.legend(fontsize="small")
+
+
+def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -> None:
+    """The learning curves of one run, of the network `name`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    plot_curves(axes, {name: [rows]})
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What matters of a result, as (name, value)."""
+    table = [
+        ("model", result["model"]),
+        ("parameters", f"{result['num_params']:,}"),
+        ("data set", result["dataset"]),
+        ("steps (epochs)", f"{result['steps']:,} ({result['epochs']:.1f})"),
+        ("seed", str(result["seed"])),
+        ("training error, last epoch", f"{result['train_error']:.2f} %"),
+    ]
+    if "val_error" in result:
+        table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
+    table.append(("test error, last epoch", f"{result['test_error']:.2f} %"))
+    if "origin" in result:  # not trained here
+        return [*table, ("weights", result["origin"]["file"])]
+    table += [
+        ("compilation", f"{result['compile_seconds']:.1f} s"),
+        ("training", f"{result['train_seconds']:.1f} s"),
+        ("images per second", f"{result['images_per_second']:,.0f}"),
+        ("devices", result["devices"]),
+    ]
+    return table
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints (name, value) pairs as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    """`report.md`: the result's table beside the paper's figure, and the curves drawn beside it."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    table = result_table(result)
+    run = (result["dataset"], result["model"], config["model"]["survival_probability"])
+    if run in TEST_ERRORS:
+        reported = TEST_ERRORS[run]
+        table.append(("the paper's test error", f"{reported.error:.2f} % ({reported.source})"))
+    schedule = config["schedule"]
+    budget = f"The schedule's {schedule['length']:,} {schedule['unit']}"
+    if schedule["cut_to_steps"] is not None:
+        budget += f" were cut to {schedule['cut_to_steps']:,} steps, its parts in proportion"
+    else:
+        budget += " were run in full"
+    augmented = config["dataset"]["crop_padding"] or config["dataset"]["flip"]
+    head = [
+        f"# {result['model']} on {result['dataset']}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in table),
+        "",
+    ]
+    if "origin" in result:
+        lines = [
+            "The weights were trained elsewhere, on what data and for how long is not known here"
+            f" (SHA-256 {result['origin']['sha256']}). Errors are those of the whole splits."
+            f" Versions: {versions}.",
+            "",
+        ]
+        path.write_text("\n".join(head + lines))
+        return
+    lines = [
+        "![learning curves](curves.png)",
+        "",
+        f"{budget}. Training error is that of the last epoch's batches as they were trained on"
+        f" ({'augmented, ' if augmented else ''}normalised by their own statistics); grey lines"
+        " mark where the learning rate fell. The configuration is in `config.json`. Versions:"
+        f" {versions}.",
+        "",
+    ]
+    path.write_text("\n".join(head + lines))

@@ -1,0 +1,135 @@
+"""The one train step and the evaluation step: pure functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from resvariants.training.parallel import compiler_options
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes from step to step."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_shape: Sequence[int],
+) -> TrainState:
+    """A fresh state; `image_shape` is (height, width, channels)."""
+
+    def init(key):
+        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+        params = variables["params"]
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            variables.get("batch_stats", {}),
+            optimizer.init(params),
+        )
+
+    key = jax.random.key(seed)
+    # Within `jax.eval_shape` or another `jit`, a `jit` takes no options.
+    options = {} if isinstance(key, jax.core.Tracer) else compiler_options(once=True)
+    return jax.jit(init, compiler_options=options)(key)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    label_smoothing: float = 0.0,
+    auxiliary_weight: float = 0.3,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of stochastic gradient descent, the same for every model.
+
+    Args:
+      state: the state before.
+      batch: `image` (batch, height, width, channels), `label` (batch,) int32.
+      seed: with the step number it determines every random draw.
+      auxiliary_weight: of the losses of logits that the model sows into `auxiliary_logits`.
+      axis_name: the device axis when run per device (`pmap`, `shard_map`); gradients, statistics
+        and metrics are averaged over it. Under a sharded `jit` the batch is the global one.
+
+    Returns:
+      The state after, and float metrics `loss` (without auxiliary classifiers), `error` (share of
+      wrong labels) and `gradient_norm`, all of the batch before the update.
+    """
+    # The key depends on the step alone: all devices must agree on which units to skip. What is
+    # dropped inside a unit is each device's own.
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    dropout_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+
+    def loss_fn(params):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats", "auxiliary_logits"],
+            rngs={"stochastic_depth": key, "dropout": dropout_key},
+        )
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+        targets = optax.smooth_labels(targets, label_smoothing)
+
+        def cross_entropy(logits):
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        loss = cross_entropy(logits)
+        auxiliary = jax.tree.leaves(updates.get("auxiliary_logits", {}))
+        total = loss + auxiliary_weight * sum(map(cross_entropy, auxiliary))
+        return total, (loss, logits, updates.get("batch_stats", {}))
+
+    (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    error = jnp.mean(logits.argmax(-1) != batch["label"])
+    if axis_name is not None:
+        grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "error": error, "gradient_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+
+def eval_step(
+    params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
+) -> dict[str, jax.Array]:
+    """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`.
+
+    Of images with several crops, (batch, crops, height, width, channels), the probabilities are
+    averaged (Krizhevsky et al. 2012, 4.1).
+    """
+    options = {} if gates is None else {"gates": gates}  # not every network has units to gate
+    images = batch["image"]
+    logits: Any = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images.reshape(-1, *images.shape[-3:]),
+        train=False,
+        **options,
+    )
+    if images.ndim == 5:
+        crops = images.shape[1]
+        of_crops = jax.nn.log_softmax(logits).reshape(-1, crops, logits.shape[-1])
+        logits = jax.nn.logsumexp(of_crops, axis=1) - jnp.log(crops)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    wrong = logits.argmax(-1) != batch["label"]
+    mask = batch["mask"]
+    return {
+        "loss": jnp.sum(loss, where=mask),
+        "errors": jnp.sum(wrong & mask),
+        "count": jnp.sum(mask),
+    }

@@ -1,0 +1,238 @@
+"""How do PyTorch's weights become our variables, and our variables theirs?
+
+Running variances are carried over as they are, though PyTorch's are the unbiased ones. Counters
+(`num_batches_tracked`) have no place here.
+"""
+
+import argparse
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from resvariants.errors import InputError, check_choice
+from resvariants.networks import zoo
+from resvariants.networks.summary import abstract_variables
+from resvariants.networks.zoo import create_model
+from resvariants.weights.layouts import _layouts, _tensors
+from resvariants.weights.stacks import stack, unstack
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a `.safetensors` file, or of one that PyTorch saved (`.th`, `.pth`, ...).
+
+    PyTorch's files are read without running code from them. The state dict may stand in a
+    checkpoint under `state_dict` or `model`.
+
+    Raises:
+      InputError: no such file, one that cannot be read, or a library is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path} needs {error.name}: pip install -e '.[torch]' (.safetensors needs safetensors"
+            " alone)"
+        ) from None
+    except Exception as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    try:
+        # Training programs keep their arguments beside the weights: an object without code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read as weights alone ({type(error).__name__}). If you trust it,"
+            " load it in PyTorch and save its state_dict() by itself"
+        ) from error
+    return _to_numpy(content, path)
+
+
+def _to_numpy(content, source):
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise InputError(f"{source} holds no state dict but a {type(content).__name__}")
+    arrays = {}
+    for name, tensor in content.items():
+        try:
+            if hasattr(tensor, "detach"):
+                tensor = tensor.detach().cpu()
+                tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            if hasattr(tensor, "shape"):
+                arrays[str(name)] = np.asarray(tensor)
+        except (TypeError, RuntimeError) as error:  # sparse, quantized, without data
+            raise InputError(f"{name} in {source} is no plain tensor: {error}") from error
+    return arrays
+
+
+# Networks here that the libraries' are.
+KNOWN = re.compile(
+    r"(cifar_)?resnet\d+(_b)?|resnet(50|101|152)_v1_5|resnetv2_(50|101|152)|resnext(50|101)_\d+x\d+d"
+    r"|densenet(121|161|169|201)|vgg(16|19)(_bn)?|alexnet_single_tower|googlenet_torchvision"
+)
+
+
+def load_torch(
+    name: str,
+    source: Any,
+    *,
+    num_classes: int | None = None,
+    image_shape: Sequence[int] | None = None,
+    auxiliary: bool = True,
+) -> dict[str, Any]:
+    """PyTorch's weights as the variables of `create_model(name, num_classes)`.
+
+    The layout is found out: akamaster's of CIFAR ResNets; torchvision's of ResNet, ResNeXt,
+    DenseNet, VGG, AlexNet (`alexnet_single_tower`) and GoogLeNet (`googlenet_torchvision`); timm's
+    of the first four and of pre-activation ResNets (`resnetv2_50`). Their bottlenecks have the
+    stride in the 3x3, as `resnet50_v1_5` and its like have it here.
+
+    Args:
+      source: a file (see `read_state_dict`) or a state dict.
+      num_classes: None for as many as the weights have, 0 for features: without heads.
+      image_shape: (height, width, channels), if not of the images that the network was made for.
+      auxiliary: of GoogLeNet: with its auxiliary classifiers.
+
+    Returns:
+      `params`, and `batch_stats` if there are any, as float32 arrays.
+
+    Raises:
+      InputError: no network of that name, or none that the libraries have; a file that cannot be
+        read; tensors missing, surplus or of another shape; all of them are named.
+    """
+    entry = zoo.find(name)
+    image_shape = tuple(image_shape or entry.image_shape)
+    options = {} if auxiliary else {"auxiliary": False}
+    if not KNOWN.fullmatch(name):
+        raise InputError(f"no PyTorch library that is known here has {name}")
+    if re.fullmatch("resnet(50|101|152)", name):
+        raise InputError(
+            f"the libraries' bottlenecks have the stride in the 3x3, {name} in the first 1x1;"
+            f" theirs is {name}_v1_5"
+        )
+    if image_shape[0] != image_shape[1] and re.match("vgg|alexnet|googlenet", name):
+        raise InputError(f"hidden layers of {name} are read for square images, not {image_shape}")
+    is_path = isinstance(source, str | Path)
+    where = str(source) if is_path else "the state dict"
+    tensors = read_state_dict(source) if is_path else _to_numpy(source, where)
+    tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+    tables = partial(_tables, name, image_shape, options)
+    template, by_library = tables(entry.num_classes)
+    library, places = max(
+        by_library.items(), key=lambda item: sum(p.name in tensors for p in item[1].values())
+    )
+    head = tensors.get(places["params", "head", "kernel"].name)
+    if num_classes is None:
+        num_classes = len(head) if head is not None and head.ndim else entry.num_classes
+    whole = {place.name for place in places.values()}
+    if num_classes != entry.num_classes:
+        template, by_library = tables(num_classes)
+        places = by_library[library]
+    shapes = {place.name: place.shape for place in places.values()}
+    if num_classes == 0:  # the weights' own heads are not surplus
+        tensors = {n: t for n, t in tensors.items() if n in shapes or n not in whole}
+    _check(shapes, tensors, f"{where} does not fit {name} as {library} has it")
+    arrays = traverse_util.flatten_dict(template)
+    for path, place in places.items():
+        array = place.read(tensors[place.name], arrays[path].shape)
+        arrays[path] = jnp.asarray(array, arrays[path].dtype)
+    return stack(traverse_util.unflatten_dict(arrays))
+
+
+def to_torch(variables: Any, library: str | None = None) -> dict[str, np.ndarray]:
+    """Our variables as a state dict of NumPy arrays, ready for `safetensors.numpy.save_file`.
+
+    The way back from `load_torch`. Variables alone do not tell everything: those of networks whose
+    arrays are the same (`resnet50` and `resnet50_v1_5`) give the same state dict.
+
+    Args:
+      variables: `params` and `batch_stats`.
+      library: "akamaster", "torchvision" or "timm", where more than one has the network.
+
+    Raises:
+      InputError: no such library, none that has arrays like these, or no `params`.
+    """
+    _check_collections(variables)
+    variables = unstack(jax.tree.map(np.asarray, jax.device_get(dict(variables))))
+    layouts = _layouts(variables["params"])
+    library = check_choice("library", library or next(iter(layouts)), layouts)
+    arrays = traverse_util.flatten_dict(variables)
+    places = _tensors(variables, layouts[library])
+    return {place.name: place.write(arrays[path]) for path, place in places.items()}
+
+
+def _tables(name, image_shape, options, num_classes):
+    # Unstacked variables, of zeros that take no memory, and by library the places of their arrays.
+    shapes = abstract_variables(create_model(name, num_classes, **options), image_shape)
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(leaf.dtype.type(0), leaf.shape), shapes)
+    variables = unstack(zeros)
+    layouts = _layouts(variables["params"])
+    return variables, {key: _tensors(variables, layout) for key, layout in layouts.items()}
+
+
+def _check_collections(variables):
+    if "params" not in variables:
+        raise InputError(
+            "variables are a dict with 'params' and 'batch_stats', not the parameters alone"
+        )
+
+
+def transfer(given: Any, fresh: Any, new: Collection[str] = ("head",)) -> Any:
+    """Variables `given` for a network that differs in its parts `new`, which stay as in `fresh`.
+
+    `fresh` are that network's own variables. With another number of classes the head is `new`, and
+    GoogLeNet's `auxiliary4a` and `auxiliary4d`.
+
+    Raises:
+      InputError: no `params`; other arrays that only one of them has, or of another shape; all are
+        named.
+    """
+    _check_collections(given)
+    _check_collections(fresh)
+    old, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh))
+
+    def kept(arrays):
+        return {path: a for path, a in arrays.items() if path.split("/")[1] not in new}
+
+    shapes = {path: array.shape for path, array in kept(wanted).items()}
+    _check(shapes, kept(old), "the given variables do not fit the network")
+    return traverse_util.unflatten_dict({**wanted, **kept(old)}, sep="/")
+
+
+def _check(shapes, tensors, says):
+    complaints = {
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "surplus": sorted(tensors.keys() - shapes.keys()),
+        "misshapen": [
+            f"{name} {tensors[name].shape} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    found = [
+        f"  {len(names)} {what}: {', '.join(names)}" for what, names in complaints.items() if names
+    ]
+    if found:
+        raise InputError("\n".join([f"{says}:", *found]))
+
+
+def _plain_name(name):
+    # Without wrappers' names, and torchvision's first DenseNets with the names of today.
+    name = name.removeprefix("_orig_mod.").removeprefix("module.")
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)

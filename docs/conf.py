@@ -17,7 +17,7 @@ napoleon_attr_annotations = False
 
 
 def read_backticks_as_code(app, what, name, obj, options, lines):
-    """As in Markdown, with letters behind them where it takes them: `Unit`s."""
+    """As in Markdown, with letters behind them where it takes them: `Block`s."""
 
     def code(match):
         return f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else "")

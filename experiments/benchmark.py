@@ -188,11 +188,11 @@ def step_section(rounds, full):
     """Images per second, training and evaluation, against stock Flax and PyTorch."""
     rows = []
     for depth, batch_size in ((20, 128), (110, 32)):
-        units = (depth - 2) // 6
+        blocks = (depth - 2) // 6
         models = {
             "resvariants": create_model(f"resnet{depth}"),
             "resvariants, block remat": create_model(f"resnet{depth}", remat="block"),
-            "stock Flax": StockResNet(units),
+            "stock Flax": StockResNet(blocks),
         }
         train, evaluate = {}, {}
         for name, model in models.items():
@@ -204,7 +204,7 @@ def step_section(rounds, full):
         for compiled in kinds if TORCH else ():
             name = "PyTorch, torch.compile" if compiled else "PyTorch, eager"
             train[name], evaluate[name] = torch_runs(
-                torch_resnet(units), CIFAR, batch_size, 10, compiled=compiled, half=False
+                torch_resnet(blocks), CIFAR, batch_size, 10, compiled=compiled, half=False
             )
         for what, contenders in (("training", train), ("evaluation", evaluate)):
             seconds = take_turns(contenders, rounds, 2)
@@ -250,19 +250,19 @@ def depth_section(rounds, full):
             memory[name, remat] = megabytes(compiled)
     seconds = take_turns(runs, rounds, 1)
     for (name, remat), times in seconds.items():
-        units = create_model(name).num_units
+        blocks = create_model(name).num_blocks
         rows.append(
             {
                 "network": name,
-                "units": units,
+                "blocks": blocks,
                 "remat": remat,
                 "MB": f"{memory[name, remat]:,.0f}",
                 "MB / none": f"{memory[name, remat] / memory[name, 'none']:.2f}",
                 "step s": f"{statistics.median(times):.3f}",
                 "time / none": ratio(times, seconds[name, "none"]),
-                "ms a unit": f"{1e3 * statistics.median(times) / units:.2f}",
-                "a unit / ResNet-110's": ratio(
-                    [second / units for second in times],
+                "ms a block": f"{1e3 * statistics.median(times) / blocks:.2f}",
+                "a block / ResNet-110's": ratio(
+                    [second / blocks for second in times],
                     [second / 54 for second in seconds["resnet110", remat]],
                 ),
             }
@@ -281,7 +281,7 @@ def stochastic_section(rounds, full):
                 ("stochastic depth", {"survival_probability": 0.5}),
             )
         }
-        # Many steps a round: how many units are kept changes from step to step.
+        # Many steps a round: how many blocks are kept changes from step to step.
         seconds = take_turns(contenders, rounds, 8)
         constant, stochastic = seconds.values()
         rows.append(
@@ -599,19 +599,19 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         if points:
             axes[0].plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axes[0].set(title="initialise, trace, lower, compile", xlabel="layers", ylabel="seconds")
-    for axis, key, title, unit in (
-        (axes[1], "ms a unit", "a step's time, by unit", "milliseconds a unit"),
+    for axis, key, title, label in (
+        (axes[1], "ms a block", "a step's time, by block", "milliseconds a block"),
         (axes[2], "MB", "a step's temporary memory", "MB"),
     ):
         for remat in ("none", "block", "sqrt"):
             points = [
-                (row["units"], float(row[key].replace(",", "")))
+                (row["blocks"], float(row[key].replace(",", "")))
                 for row in results.get("depth", [])
                 if row["remat"] == remat and row["network"].startswith("resnet")
             ]
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), "o-", label=f"remat {remat}")
-        axis.set(title=title, xlabel="units of ResNet-20 to 1202", ylabel=unit, xscale="log")
+        axis.set(title=title, xlabel="blocks of ResNet-20 to 1202", ylabel=label, xscale="log")
     axes[2].set_yscale("log")
     for axis in axes:
         if axis is not axes[2]:

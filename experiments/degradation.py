@@ -4,7 +4,7 @@ python experiments/degradation.py --out=runs/degradation
 python experiments/degradation.py --out=runs/degradation --config=configs/cifar10.py --data_dir=data
 
 He et al. 2015, sections 1 and 4. Three studies in one: learning curves of plain and residual
-networks of two or more depths; the shallowest one, trained and then deepened by identity units,
+networks of two or more depths; the shallowest one, trained and then deepened by identity blocks,
 which computes the same, and what further training makes of both; and the size of the gradients that
 reach each layer, before and during training. `report.md` and figures are written to --out; the same
 command goes on after an interruption.
@@ -215,7 +215,7 @@ def main() -> None:
         if any(model.features != create_model(names[0]).features for model in models):
             raise InputError(
                 f"--depths {args.depths}, --gradient_depths {args.gradient_depths}: not all of them"
-                " are networks of basic units on small images (6n+2), or all on large ones (18, 34)"
+                " are networks of basic blocks on small images (6n+2) or all on large ones (18, 34)"
             )
     networks = train_networks(names, args, keep_checkpoints=1000)
     remember = Remembered(args.out / "degradation.jsonl")
@@ -271,7 +271,7 @@ def main() -> None:
         "",
         "## The constructed solution",
         "",
-        "The trained shallow network with identity units added at the end of each stage, and both"
+        "The trained shallow network with identity blocks added at the end of each stage, and both"
         " trained for as many steps again at the recipe's last learning rate. Training error"
         " (training loss; test error), all in evaluation.",
         "",
@@ -293,7 +293,7 @@ def main() -> None:
     )
     lines += [
         "",
-        "Plain identity units compute what they should with running statistics only: in training"
+        "Plain identity blocks compute what they should with running statistics only: in training"
         " BatchNorm normalises what passes them by the batch's own, whatever their kernels are.",
         "",
         "## Gradients",

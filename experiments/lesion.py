@@ -1,9 +1,9 @@
-"""What does a trained network do without some of its units, or with units in another order?
+"""What does a trained network do without some of its blocks, or with blocks in another order?
 
 python experiments/lesion.py --workdirs runs/resnet56 runs/plain56 --out=runs/lesion
 
-Veit et al. 2016, section 4: units are deleted one at a time and several at random, and swapped
-within their stages, after training and without any more of it. The deleted unit's input takes the
+Veit et al. 2016, section 4: blocks are deleted one at a time and several at random, and swapped
+within their stages, after training and without any more of it. The deleted block's input takes the
 place of its output. `report.md` and the figures are written to --out; an interrupted study goes on
 where it stopped.
 """
@@ -33,8 +33,8 @@ from study import (
 
 from resvariants import InputError
 from resvariants.analysis.lesions import (
-    count_units,
-    first_units,
+    count_blocks,
+    first_blocks,
     make_errors,
     reordered,
 )
@@ -43,7 +43,7 @@ from resvariants.training.step import eval_step
 
 def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     """All figures of one network: `baseline`, `single`, `many` (by number), `swaps`, `seconds`."""
-    total = count_units(run.model)
+    total = count_blocks(run.model)
     errors = make_errors(run.model, run.batches)
 
     def without(*deleted):
@@ -84,9 +84,9 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
 
     numbers, repeats = range(1, args.max_deletions + 1), range(args.repeats)
     jobs: dict[tuple, Callable] = {("baseline",): without}
-    jobs |= {("single", unit): partial(without, unit) for unit in range(total)}
+    jobs |= {("single", block): partial(without, block) for block in range(total)}
     jobs |= {("many", n, r): partial(deleted, n, r) for n in numbers for r in repeats}
-    if max(run.model.stage_sizes) > 2:  # or no stage has two units of one shape
+    if max(run.model.stage_sizes) > 2:  # or no stage has two blocks of one shape
         # More of them, since one swap changes less than one deletion.
         jobs |= {("swaps", 4 * n, r): partial(swapped, 4 * n, r) for n in numbers for r in repeats}
     jobs["times",] = speed
@@ -96,11 +96,11 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     }
     return {
         "baseline": found["baseline",],
-        "single": [found["single", unit] for unit in range(total)],
+        "single": [found["single", block] for block in range(total)],
         "many": {n: [found["many", n, r] for r in repeats] for n in numbers},
         "swaps": [values for job, values in found.items() if job[0] == "swaps"],
         "seconds": found["times",],
-        "edges": first_units(run.model),
+        "edges": first_blocks(run.model),
         "images": run.images,
     }
 
@@ -134,8 +134,8 @@ def draw(results: dict[str, dict], out: Path) -> None:
         if result["swaps"]:
             axes.plot(*zip(*result["swaps"], strict=True), ".", color=color, label=label)
 
-    figure("single.png", "deleted unit, as a share of depth (triangles: first of a stage)", single)
-    figure("many.png", "deleted units", many)
+    figure("single.png", "deleted block, as a share of depth (triangles: first of a stage)", single)
+    figure("many.png", "deleted blocks", many)
     figure("swaps.png", "Kendall's tau between the old and the new order", swaps)
 
 
@@ -146,12 +146,12 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
         "# Lesions",
         "",
         f"The first {most:,} test images; random deletions and swaps repeated"
-        f" {args.repeats} times, seed {args.seed}. Errors in per cent. Deleted units give their"
-        " input; the first unit of a residual net's stage, which halves the maps, a subsampled one."
-        " Swaps are of units after the first, within stages.",
+        f" {args.repeats} times, seed {args.seed}. Errors in per cent. Deleted blocks give their"
+        " input; the first block of a residual net's stage that halves the maps, a subsampled one."
+        " Swaps are of blocks after the first, within stages.",
         "",
     ]
-    header = ["network", "units", "whole", "one deleted, mean", "median", "worst"]
+    header = ["network", "blocks", "whole", "one deleted, mean", "median", "worst"]
     header += ["first of a stage, mean", f"{args.max_deletions} deleted, mean", "time"]
     rows = []
     for name, result in results.items():
@@ -172,17 +172,17 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
     lines += [
         *table(header, rows),
         "",
-        "One deleted: any but the first of a later stage. Time: of an evaluation with one unit"
+        "One deleted: any but the first of a later stage. Time: of an evaluation with one block"
         " deleted, by the one compiled function of all lesions, over that of a plain evaluation.",
         "",
-        "The paper (CIFAR-10, 110 pre-activated layers, 54 units, against a VGG of 15 layers):"
-        " deleting any layer of the VGG leaves chance, 90 % error; deleting one unit of the"
-        " residual net changes little, more where the maps are halved; ten deleted units give"
+        "The paper (CIFAR-10, 110 pre-activated layers, 54 blocks, against a VGG of 15 layers):"
+        " deleting any layer of the VGG leaves chance, 90 % error; deleting one block of the"
+        " residual net changes little, more where the maps are halved; ten deleted blocks give"
         " about 20 % error; error rises smoothly with their number, and as Kendall's tau falls.",
         "",
-        "![one unit deleted](single.png)",
-        "![several units deleted](many.png)",
-        "![units swapped](swaps.png)",
+        "![one block deleted](single.png)",
+        "![several blocks deleted](many.png)",
+        "![blocks swapped](swaps.png)",
         "",
     ]
     write_report(args.out / "report.md", lines)
@@ -203,10 +203,10 @@ def main() -> None:
         raise InputError("--images, --max_deletions and --repeats are at least 1")
     runs = [load_run(workdir, args.images, args.data_dir) for workdir in args.workdirs]
     for run_ in runs:
-        if args.max_deletions > count_units(run_.model):
+        if args.max_deletions > count_blocks(run_.model):
             raise InputError(
                 f"--max_deletions {args.max_deletions}: {run_.name} has only"
-                f" {count_units(run_.model)} units"
+                f" {count_blocks(run_.model)} blocks"
             )
     remember = Remembered(args.out / "lesions.jsonl")
     results = {run_.name: study(run_, remember, args) for run_ in runs}

@@ -2,10 +2,10 @@
 
 python experiments/paths.py --workdir=runs/resnet110 --out=runs/paths [--train_effective]
 
-Veit et al. 2016, section 5: of n residual units, k chosen at random pass the gradient through their
+Veit et al. 2016, 5: of n residual blocks, k chosen at random pass the gradient through their
 residual branch alone and the others through their shortcut alone. The norm of what arrives at the
 images, times the number of paths of length k, is what that length contributes. With
---train_effective the same network is trained on short paths only: the same number of random units
+--train_effective the same network is trained on short paths only: the same number of random blocks
 for every batch, 23 of 54. `report.md` and `paths.png` are written to --out; an interrupted study
 goes on where it stopped.
 """
@@ -64,11 +64,11 @@ def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path:
 
 
 def train_effective(args: argparse.Namespace, total: int) -> list[str]:
-    """The report's part on training with the paper's share of units by the full net's recipe."""
-    units = max(1, round(total * 23 / 54))
+    """The report's part on training with the paper's share of blocks by the full net's recipe."""
+    blocks = max(1, round(total * 23 / 54))
     full = read_run(Path(args.workdir))
     config = read_config(Path(args.workdir))
-    config.model.survival_probability = units / total
+    config.model.survival_probability = blocks / total
     config.model.survival_schedule = "uniform"
     config.model.survival_draw = "exact"
     if args.data_dir is not None:
@@ -79,14 +79,14 @@ def train_effective(args: argparse.Namespace, total: int) -> list[str]:
     # As if it were of constant depth: with none of its residuals scaled.
     unscaled = make_errors(studied.model.clone(survival_probability=1.0), studied.batches)
     rows = [
-        [f"all {total} units", full.result["train_error"], full.result["test_error"], "6.10"],
+        [f"all {total} blocks", full.result["train_error"], full.result["test_error"], "6.10"],
         [
-            f"{units} of {total} units a batch",
+            f"{blocks} of {total} blocks a batch",
             effective.result["train_error"],
             effective.result["test_error"],
             "5.96",
         ],
-        ["the same, all units unscaled in the test", None, unscaled(studied.variables), ""],
+        ["the same, all blocks unscaled in the test", None, unscaled(studied.variables), ""],
     ]
     cells = [[*(f"{c:.2f}" if isinstance(c, float) else c or "" for c in row)] for row in rows]
     header = ["trained on", "training error", "test error", "the paper (CIFAR-10, 23 of 54)"]
@@ -97,9 +97,9 @@ def train_effective(args: argparse.Namespace, total: int) -> list[str]:
         "",
         *table(header, cells),
         "",
-        f"Residuals are scaled by {units}/{total} in the test, as under stochastic depth; the paper"
+        f"Residuals are scaled by {blocks}/{total} in the test, as in stochastic depth; the paper"
         " does not say how it tests. The mean length of the paths in training is"
-        f" {units / 2:g}.",
+        f" {blocks / 2:g}.",
         "",
     ]
 
@@ -123,7 +123,7 @@ def main() -> None:
     if args.train_effective and (residual_scales(model) != 1).any():
         raise InputError(f"--train_effective: {studied.name} has no full net to compare with")
     remember = Remembered(args.out / "paths.jsonl")
-    total = model.num_units
+    total = model.num_blocks
 
     def norms_of(length):
         rng = np.random.default_rng([args.seed, length])
@@ -151,13 +151,13 @@ def main() -> None:
     lines = [
         "# Gradients by path length",
         "",
-        f"{studied.name}: {total} units, {args.samples} random paths of each length, one batch of"
+        f"{studied.name}: {total} blocks, {args.samples} random paths of each length, one batch of"
         f" {studied.images} test images, batch statistics as after training, seed {args.seed}.",
         "",
-        "| | here | the paper (CIFAR-10, 54 units) |",
+        "| | here | the paper (CIFAR-10, 54 blocks) |",
         "|---|---|---|",
         f"| mean length of all paths | {total / 2:g} | 27 |",
-        f"| log10 of the norm by length: slope a unit | {fit.slope:.3f} | falls exponentially |",
+        f"| log10 of the norm by length: slope a block | {fit.slope:.3f} | falls exponentially |",
         f"| the same: R squared | {fit.rvalue**2:.3f} | |",
         f"| norms of zero, left out of the fit | {np.sum(~positive)} of {positive.size} | |",
         f"| lengths that hold 95 % of the contribution | {first} to {last} | 5 to 17, almost all |",

@@ -9,9 +9,9 @@ from flax import linen as nn
 
 
 class StockResNet(nn.Module):
-    """ResNet in stock Flax: every unit a module of its own, autodiff's own gradients."""
+    """ResNet in stock Flax: every block a module of its own, autodiff's own gradients."""
 
-    units: int
+    blocks: int
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -26,8 +26,8 @@ class StockResNet(nn.Module):
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
         x = nn.relu(norm()(conv(16)(x)))
         for stage, features in enumerate((16, 32, 64)):
-            for unit in range(self.units):
-                strides = 2 if stage and not unit else 1
+            for block in range(self.blocks):
+                strides = 2 if stage and not block else 1
                 y = nn.relu(norm()(conv(features, strides=strides)(x)))
                 y = norm()(conv(features)(y))
                 zeros = features - x.shape[-1]
@@ -36,12 +36,12 @@ class StockResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def torch_resnet(units: int):
+def torch_resnet(blocks: int):
     """The same network as a `torch.nn.Module`."""
     import torch
     from torch import nn
 
-    class Unit(nn.Module):
+    class Block(nn.Module):
         def __init__(self, channels, features, strides):
             super().__init__()
             self.conv1 = nn.Conv2d(channels, features, 3, strides, 1, bias=False)
@@ -58,9 +58,9 @@ def torch_resnet(units: int):
             return torch.relu(x + y)
 
     stages = [
-        Unit(channels if unit == 0 else features, features, 2 if stage and unit == 0 else 1)
+        Block(channels if block == 0 else features, features, 2 if stage and block == 0 else 1)
         for stage, (channels, features) in enumerate(((16, 16), (16, 32), (32, 64)))
-        for unit in range(units)
+        for block in range(blocks)
     ]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))

@@ -5,8 +5,8 @@ python experiments/stochastic_depth.py --out=runs/sweep --data_dir=data \
     --config=configs/stochastic_depth.py --model=resnet110_average
 
 Huang et al. 2016, sections 4 and 5: constant depth against stochastic depth, the survival
-probability p_L of the last unit swept under linear decay and under uniform survival, the gradient
-of the first unit's first convolution over training, and the time saved. `report.md` and figures are
+probability p_L of the last block swept under linear decay and under uniform survival, the gradient
+of the first block's first convolution over training, the time saved. `report.md` and figures are
 written to --out; the same command goes on after an interruption.
 """
 
@@ -45,9 +45,9 @@ DRAWS = 16
 
 
 def first_gradients(found: Finished) -> dict[str, float]:
-    """Mean magnitude of the first unit's first convolution's gradient, at every checkpoint's step.
+    """Mean magnitude of the first block's first convolution's gradient, at every checkpoint's step.
 
-    The mean of `DRAWS` batches of 128 training images, each under its own draw of units.
+    The mean of `DRAWS` batches of 128 training images, each under its own draw of blocks.
     """
     setup, model, _ = trained(found)
     function = make_layer_gradients(model)
@@ -101,7 +101,7 @@ def draw(networks: dict, gradients: dict, constant: str, args: argparse.Namespac
         axes.plot(*zip(*sorted(points), strict=True), ".-", label=f"{schedule}, test")
     of_constant = np.mean([r.result["test_error"] for r in networks[constant]])
     axes.axhline(of_constant, color="0.5", linestyle=":", label="constant depth")
-    axes.set(xlabel="survival probability of the last unit", ylabel="test error (%)")
+    axes.set(xlabel="survival probability of the last block", ylabel="test error (%)")
     axes.set_ylim(bottom=0)
     axes.legend()
     save_figure(figure, args.out / "sweep.png")
@@ -111,7 +111,7 @@ def draw(networks: dict, gradients: dict, constant: str, args: argparse.Namespac
     figure, ((axes,),) = new_figure()
     for spec, sizes in gradients.items():
         axes.semilogy([int(step) for step in sizes], list(sizes.values()), ".-", label=spec)
-    axes.set(xlabel="step", ylabel="mean |gradient| of the first unit's first convolution")
+    axes.set(xlabel="step", ylabel="mean |gradient| of the first block's first convolution")
     axes.legend(fontsize="small")
     save_figure(figure, args.out / "gradients.png")
 
@@ -131,7 +131,7 @@ def main() -> None:
 
     def check(model):
         if not is_residual(model):
-            raise InputError(f"--model {args.model} has no residual units to drop")
+            raise InputError(f"--model {args.model} has no residual blocks to drop")
 
     def spec_of(probability, schedule):
         model = f"{args.model},model.survival_probability={probability:g}"
@@ -157,7 +157,7 @@ def main() -> None:
     )
     draw(networks, gradients, constant, args)
 
-    total = create_model(networks[constant][0].config.model.name).num_units
+    total = create_model(networks[constant][0].config.model.name).num_blocks
     rows = []
     for spec, runs in networks.items():
         model = runs[0].config.model
@@ -180,7 +180,7 @@ def main() -> None:
         [
             "p_L",
             "schedule",
-            "expected units",
+            "expected blocks",
             "training error",
             "test error",
             "time of a step / constant depth's: median (range)",
@@ -191,7 +191,7 @@ def main() -> None:
         "",
         f"Times: all networks in turn, {args.rounds} rounds of 20 steps, on random images."
         f" Gradients: seed {args.seeds[0]}, means of {DRAWS} batches of 128 training images, each"
-        " under its own draw; a unit that is dropped has none.",
+        " under its own draw; a block that is dropped has none.",
         "",
         "![errors by survival probability](sweep.png)",
         "![learning curves](curves.png)",
@@ -199,8 +199,8 @@ def main() -> None:
         "",
         "The paper (CIFAR-10, 110 layers): 6.41 % at constant depth, 5.25 % with p_L = 0.5 and"
         " linear decay, which beats uniform survival at every p_L and does well from 0.4 to 0.8;"
-        " 27 % of the training time saved (25 % of the units, expected); gradients of the first"
-        " unit's first convolution are larger under stochastic depth, most of all after the"
+        " 27 % of the training time saved (25 % of the blocks, expected); gradients of the first"
+        " block's first convolution are larger under stochastic depth, most of all after the"
         " learning rate falls.",
     ]
     write_report(args.out / "report.md", lines)

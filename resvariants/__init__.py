@@ -1,21 +1,75 @@
-"""Residual networks for people who study depth. Light to import: JAX and Flax, nothing else."""
+"""Residual networks for people who study depth. Light to import: JAX, Flax and Optax."""
 
+from resvariants.data.augmentation import register_augmentation
+from resvariants.data.sets import register_dataset
 from resvariants.errors import InputError
-from resvariants.networks.blocks import BasicUnit, BottleneckUnit, PlainUnit, Unit
-from resvariants.networks.gates import StochasticDepth
-from resvariants.networks.normalisation import batch_norm
-from resvariants.networks.resnet import ResNet
-from resvariants.networks.zoo import create_model, list_models
+from resvariants.networks import (
+    VGG,
+    AlexNet,
+    BasicBlock,
+    Block,
+    BottleneckBlock,
+    DenseBlock,
+    DenseLayer,
+    DenseNet,
+    GoogLeNet,
+    HighwayBlock,
+    HighwayNet,
+    PlainBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+    ResNet,
+    ResNeXtBlock,
+    StochasticDepth,
+    TransitionLayer,
+    batch_norm,
+    create_model,
+    list_models,
+    register_model,
+)
+from resvariants.training import (
+    TrainState,
+    create_state,
+    eval_step,
+    make_optimizer,
+    make_schedule,
+    register_optimizer,
+    register_schedule,
+    train_step,
+)
 
 __all__ = [
-    "BasicUnit",
-    "BottleneckUnit",
+    "VGG",
+    "AlexNet",
+    "BasicBlock",
+    "Block",
+    "BottleneckBlock",
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "GoogLeNet",
+    "HighwayBlock",
+    "HighwayNet",
     "InputError",
-    "PlainUnit",
+    "PlainBlock",
+    "PreActBasicBlock",
+    "PreActBottleneckBlock",
+    "ResNeXtBlock",
     "ResNet",
     "StochasticDepth",
-    "Unit",
+    "TrainState",
+    "TransitionLayer",
     "batch_norm",
     "create_model",
+    "create_state",
+    "eval_step",
     "list_models",
+    "make_optimizer",
+    "make_schedule",
+    "register_augmentation",
+    "register_dataset",
+    "register_model",
+    "register_optimizer",
+    "register_schedule",
+    "train_step",
 ]

@@ -110,8 +110,8 @@ def residual_function(params, stats, x, stride, bottleneck, strided_conv, train)
     return x, new_stats
 
 
-def unit(params, stats, x, *, stride, gate, shortcut, plain, bottleneck, strided_conv, train):
-    """Return one gated unit's output and its new statistics; gate 1 is the paper's unit."""
+def block(params, stats, x, *, stride, gate, shortcut, plain, bottleneck, strided_conv, train):
+    """Return one gated block's output and its new statistics; gate 1 is the paper's block."""
     channels = params["conv3" if bottleneck else "conv2"]["kernel"].shape[-1]
     changes_shape = stride != 1 or x.shape[-1] != channels
     projects = not plain and (shortcut == "C" or (shortcut == "B" and changes_shape))
@@ -144,9 +144,9 @@ def _map(function, *trees):
     return function(*trees)
 
 
-def _units(stage, size):
-    """Split a stage into one tree a unit: `first`, then the slices of the stacked `rest`."""
-    assert ("rest" in stage) == (size > 1), f"`rest` exists exactly where units > 1, here {size}"
+def _blocks(stage, size):
+    """Split a stage into one tree a block: `first`, then the slices of the stacked `rest`."""
+    assert ("rest" in stage) == (size > 1), f"`rest` exists exactly where blocks > 1, here {size}"
     rest = stage.get("rest", {})
     # A deeper tree than asked for would otherwise go unread in silence.
     _map(lambda leaf: np.testing.assert_equal(len(leaf), size - 1), rest)
@@ -170,7 +170,7 @@ def forward(
 
     `shortcut` is "A", "A_average", "B" or "C"; a plain network has none, its gates use "A".
     `strided_conv` is the bottleneck convolution that carries the stride: 1 (the first 1x1) or 2
-    (the 3x3). `gates` holds one bool or float a unit, in the order of the units, or is None.
+    (the 3x3). `gates` holds one bool or float a block, in the order of the blocks, or is None.
     `features` maps "stem" (after the pool, if any), "stage1", ... to (batch, height, width,
     channels) and "pooled" to (batch, channels).
     """
@@ -190,16 +190,16 @@ def forward(
     features, new_stats = {"stem": x}, {"stem": {"norm": stem_stats}}
 
     remaining = iter(gates)
-    for number, units in enumerate(stage_sizes, start=1):
+    for number, blocks in enumerate(stage_sizes, start=1):
         stage, updates = f"stage{number}", []
-        trees = zip(_units(params[stage], units), _units(stats[stage], units), strict=True)
-        for index, (unit_params, unit_stats) in enumerate(trees):
+        trees = zip(_blocks(params[stage], blocks), _blocks(stats[stage], blocks), strict=True)
+        for index, (block_params, block_stats) in enumerate(trees):
             stride = 2 if number > 1 and index == 0 else 1
             gate = next(remaining)
-            x, update = unit(unit_params, unit_stats, x, stride=stride, gate=gate, **options)
+            x, update = block(block_params, block_stats, x, stride=stride, gate=gate, **options)
             updates.append(update)
         features[stage], new_stats[stage] = x, {"first": updates[0]}
-        if units > 1:
+        if blocks > 1:
             new_stats[stage]["rest"] = _map(lambda *leaves: np.stack(leaves), *updates[1:])
 
     features["pooled"] = x.mean(axis=(1, 2))

@@ -11,8 +11,8 @@ from test_resnet import images, random_variables
 
 from resvariants import InputError, create_model
 from resvariants.analysis.lesions import (
-    count_units,
-    first_units,
+    count_blocks,
+    first_blocks,
     make_errors,
     reordered,
     residual_scales,
@@ -74,8 +74,8 @@ def test_every_lesion_uses_the_same_compiled_evaluation(net, caplog):
     with caplog.at_level("WARNING"), jax.log_compiles():
         errors(variables)
         once = compilations()
-        for unit in range(9):
-            errors(variables, without(9, [unit]))
+        for block in range(9):
+            errors(variables, without(9, [block]))
         errors(reordered(model, variables, np.arange(9)))
     assert once == compilations() > 0
 
@@ -89,7 +89,7 @@ def test_swaps_stay_within_their_stages():
     assert swapped(model, 0, np.random.default_rng(0)).tolist() == list(range(15))
 
 
-def test_a_reordered_net_runs_its_units_in_that_order(net):
+def test_a_reordered_net_runs_its_blocks_in_that_order(net):
     model, variables, x = net
     order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
     moved = reordered(model, variables, order)
@@ -106,10 +106,10 @@ def test_a_reordered_net_runs_its_units_in_that_order(net):
 
 
 def test_gradients_of_all_paths_sum_to_the_gradient():
-    """The unravelled view: 2^n paths of n units; here with the gradient itself, not its norm."""
+    """The unravelled view: 2^n paths of n blocks; here with the gradient itself, not its norm."""
     model = cifar_resnet(8, placement="full_preactivation")
     variables, x = random_variables(model, TINY), images(2, *TINY)
-    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    one_path = model.clone(block=partial(model.block, merge=one_path_merge))
 
     @partial(jax.jit, static_argnums=0)
     def gradient(model, gates):
@@ -127,7 +127,7 @@ def test_gradients_of_all_paths_sum_to_the_gradient():
 def test_norms_of_path_gradients_are_those_of_the_loss(net):
     model, variables, x = net
     norm = make_path_gradients(model)
-    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    one_path = model.clone(block=partial(model.block, merge=one_path_merge))
     labels = np.arange(6) % 3
 
     def loss(x, gates):
@@ -146,7 +146,7 @@ def test_norms_of_path_gradients_are_those_of_the_loss(net):
 def test_the_forward_pass_along_one_path_is_the_whole_nets(net, survival):
     model, variables, x = net
     model = model.clone(survival_probability=survival)
-    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    one_path = model.clone(block=partial(model.block, merge=one_path_merge))
     scales = residual_scales(model)
     assert (scales == 1).all() == (survival == 1)
     gates = jnp.where(jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 1], bool), scales, -scales)
@@ -158,7 +158,7 @@ def test_the_forward_pass_along_one_path_is_the_whole_nets(net, survival):
     )
 
 
-def test_reordered_units_keep_their_survival_probabilities(net):
+def test_reordered_blocks_keep_their_survival_probabilities(net):
     model, variables, x = net
     skipping = model.clone(survival_probability=0.5)
     order = np.array([0, 2, 1, 3, 4, 5, 6, 8, 7])
@@ -171,9 +171,9 @@ def test_reordered_units_keep_their_survival_probabilities(net):
     assert errors(moved, order=order) == 0
 
 
-def test_first_units_are_where_stages_begin():
-    assert first_units(create_model("resnet110")).tolist() == [18, 36]
-    assert first_units(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
+def test_first_blocks_are_where_stages_begin():
+    assert first_blocks(create_model("resnet110")).tolist() == [18, 36]
+    assert first_blocks(create_model("vgg15_width128")).tolist() == [2, 5, 8, 11]
 
 
 def test_responses_are_deviations_after_every_normalisation_in_their_order(net, monkeypatch):
@@ -212,26 +212,26 @@ def test_gradients_of_layers_come_in_the_networks_order(net):
     expected = [grads["stem"]["conv"]["kernel"]]
     for stage in (grads["stage1"], grads["stage2"], grads["stage3"]):
         expected += [stage["first"][name]["kernel"] for name in ("conv1", "conv2")]
-        for unit in (0, 1):
-            expected += [stage["rest"][name]["kernel"][unit] for name in ("conv1", "conv2")]
+        for block in (0, 1):
+            expected += [stage["rest"][name]["kernel"][block] for name in ("conv1", "conv2")]
     found = make_layer_gradients(model)(variables, batch(x, labels), jax.random.key(0))
     np.testing.assert_allclose(found, [np.abs(grad).mean() for grad in expected], rtol=2e-4)
 
 
-def test_dropped_units_have_no_gradient(net):
+def test_dropped_blocks_have_no_gradient(net):
     model, variables, x = net
     skipping = model.clone(
         survival_probability=1 / 3, survival_schedule="uniform", survival_draw="exact"
     )
     gradients = make_layer_gradients(skipping)
     found = gradients(variables, batch(x, np.arange(6)), jax.random.key(0))
-    of_units = np.asarray(found[1:]).reshape(9, 2)
-    assert (of_units > 0).all(axis=1).sum() == 3 and (of_units == 0).all(axis=1).sum() == 6
+    of_blocks = np.asarray(found[1:]).reshape(9, 2)
+    assert (of_blocks > 0).all(axis=1).sum() == 3 and (of_blocks == 0).all(axis=1).sum() == 6
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="DenseNet has no gates"):
-        count_units(create_model("densenet40_k12"))
+        count_blocks(create_model("densenet40_k12"))
     for name in ("plain20", "resnet110_exclusive_gating", "densenet40_k12"):
         with pytest.raises(InputError, match="only paths of residual networks"):
             make_path_gradients(create_model(name))

@@ -10,14 +10,13 @@ import reference
 from flax import linen as nn
 from test_resnet import check_tree, images, random_variables
 
-from resvariants import InputError, create_model
+from resvariants import HighwayBlock, InputError, create_model
 from resvariants.networks.alexnet import (
     AlexNet,
     cifar_alexnet,
     local_response_norm,
     two_tower_alexnet,
 )
-from resvariants.networks.blocks import highway_layer
 from resvariants.networks.convolution import conv
 from resvariants.networks.googlenet import INCEPTIONS, GoogLeNet
 from resvariants.networks.highway import HighwayNet, fully_connected_net
@@ -73,7 +72,7 @@ def pool(x, window):
     )
 
 
-def unit_trees(tree):
+def block_trees(tree):
     """`first`, then each slice of the stacked `rest`."""
     rest = tree.get("rest")
     length = 0 if rest is None else len(jax.tree.leaves(rest)[0])
@@ -88,9 +87,9 @@ def vgg(variables, x, train=False, gates=None, hidden=1):
     net = Numpy(variables, train)
     gates = iter(gates if gates is not None else [1.0] * 99)
     for name in sorted(part for part in net.params if part.startswith("stage")):
-        units = unit_trees(net.params[name])
-        moved = unit_trees(net.stats[name]) if net.stats else [{} for _ in units]
-        for params, stats in zip(units, moved, strict=True):
+        blocks = block_trees(net.params[name])
+        moved = block_trees(net.stats[name]) if net.stats else [{} for _ in blocks]
+        for params, stats in zip(blocks, moved, strict=True):
             norm = (stats, "norm1", params["norm1"]) if stats else None
             y = net.conv_relu(x, params["conv1"], norm=norm)
             gate = next(gates)
@@ -142,7 +141,7 @@ def highway(variables, x, pools, padding=1, gates=None, top=False):
         if f"transition{i}" in net.params:
             x = net.conv_relu(x, net.params[f"transition{i}"], padding=padding)
             padding = 1
-        for params in unit_trees(net.params[f"stage{i}"]):
+        for params in block_trees(net.params[f"stage{i}"]):
             h = net.conv_relu(x, params["conv1"])
             logit = reference.conv2d(x, params["gate"]["kernel"], padding=1)
             t = next(gates) / (1 + np.exp(-logit - params["gate"]["bias"]))
@@ -191,7 +190,7 @@ def test_fully_connected_net_equals_the_reference(plain):
     net = Numpy(variables, False)
     y = net.dense(np.asarray(x, np.float64).reshape(4, 12), net.params["transition1"])
     assert y.shape == (4, 71 if plain else 50)
-    for params in unit_trees(net.params["stage1"]):
+    for params in block_trees(net.params["stage1"]):
         h = net.dense(y, params["conv1"])
         if not plain:
             t = 1 / (1 + np.exp(-net.dense(y, params["gate"], relu=False)))
@@ -202,7 +201,7 @@ def test_fully_connected_net_equals_the_reference(plain):
 
 
 def test_a_closed_highway_layer_passes_its_input_on():
-    layer = highway_layer(4, conv=partial(conv, use_bias=True))
+    layer = HighwayBlock(4, conv=partial(conv, use_bias=True))
     x = images(2, 5, 5, 4)
     variables = layer.init(jax.random.key(0), x)
     for gate in (False, 0.0):
@@ -213,8 +212,8 @@ def test_transform_gates_begin_where_their_bias_puts_them():
     for bias, opening in ((-1.0, 0.2689), (-2.0, 0.1192), (-4.0, 0.0180)):
         model = HighwayNet((2,), (4,), 5, transform_bias=bias)
         params = model.init(jax.random.key(0), images(1, 4, 4, 3), train=False)["params"]
-        for unit in unit_trees(params["stage1"]):
-            opened = 1 / (1 + np.exp(-unit["gate"]["bias"]))
+        for block in block_trees(params["stage1"]):
+            opened = 1 / (1 + np.exp(-block["gate"]["bias"]))
             np.testing.assert_allclose(opened, opening, atol=5e-5)
 
 
@@ -449,7 +448,7 @@ def test_padded_strides_take_any_image(name):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (VGG((2, 0), (4, 6), 5, hidden=()), "stage of 0 units"),
+        (VGG((2, 0), (4, 6), 5, hidden=()), "stage of 0 blocks"),
         (VGG((2, 2), (6, 4), 5, hidden=()), "cannot narrow 6 channels to 4"),
         (VGG((2, 2), (4, 6), 5, dropout_rate=1.5), "dropout rate 1.5 is outside"),
         (VGG((2, 2), (4, 6), 5, hidden=(), remat="blok"), "remat 'blok'; allowed: auto"),
@@ -553,7 +552,7 @@ def test_execution_and_precision_are_options(model):
 def test_gates_of_another_shape_are_refused(name):
     model = create_model(name)
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    with pytest.raises(InputError, match=r"14 units and takes shape \(14,\)"):
+    with pytest.raises(InputError, match=r"14 blocks and takes shape \(14,\)"):
         jax.eval_shape(partial(model.init, train=False, gates=jnp.ones(3)), jax.random.key(0), x)
 
 

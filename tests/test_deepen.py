@@ -18,7 +18,7 @@ from resvariants.networks.vgg import VGG
 TINY = (8, 8, 3)
 RESIDUAL = {
     "post-activation": cifar_resnet(14),
-    "of one unit a stage": cifar_resnet(8),
+    "of one block a stage": cifar_resnet(8),
     "post-activation bottlenecks": cifar_resnet(20, bottleneck=True),
     "one-layer skips": cifar_resnet(8, one_layer_skip=True),
     "ReLU-only pre-activation": cifar_resnet(14, placement="relu_only_preactivation"),
@@ -76,7 +76,7 @@ def test_it_is_the_same_in_training_too(name):
 
 
 @pytest.mark.parametrize("name", RESIDUAL | PLAIN)
-def test_new_units_learn(name):
+def test_new_blocks_learn(name):
     deeper, _, grown, x = deepened(name)
 
     def loss(params):
@@ -98,14 +98,14 @@ def test_a_net_of_the_same_depth_is_itself():
 @pytest.mark.parametrize(
     ("model", "sizes", "says"),
     [
-        (cifar_resnet(14), (2, 1, 2), "keep its units or gain some"),
+        (cifar_resnet(14), (2, 1, 2), "keep its blocks or gain some"),
         (cifar_resnet(14), (2, 2), r"the network has \(2, 2, 2\)"),
         (cifar_resnet(14, survival_probability=0.5), (3, 3, 3), "stochastic depth"),
         (cifar_resnet(14, placement="relu_before_addition"), (3, 3, 3), "ends with a ReLU"),
         (
             cifar_resnet(14, plain=True, placement="full_preactivation"),
             (3, 3, 3),
-            "plain units that pre-activate",
+            "plain blocks that pre-activate",
         ),
         (cifar_densenet(10, 3), (2, 2, 2), "not DenseNet"),
         (cifar_resnet(14, shortcut="C"), (3, 3, 3), "projected"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_resnet import check_tree, images, random_variables
 
-from resvariants import InputError, ResNet, Unit, create_model
+from resvariants import Block, InputError, ResNet, create_model
 from resvariants.networks.densenet import DenseNet
 from resvariants.networks.parts import (
     PLACEMENTS,
@@ -53,8 +53,8 @@ def test_strides_do_not_depend_on_what_is_left_at_the_edges(size):
 
 def small_backbone(branch=basic_branch, shortcut="A", widths=(8, 16, 32, 64), **attributes):
     options = {key: attributes.pop(key) for key in ("output_stride",) if key in attributes}
-    unit = partial(Unit, branch=branch, shortcut=SHORTCUTS[shortcut], **attributes)
-    return ResNet((2, 1, 3, 2), widths, 5, unit, stem=ImageNetStem, stem_features=8, **options)
+    block = partial(Block, branch=branch, shortcut=SHORTCUTS[shortcut], **attributes)
+    return ResNet((2, 1, 3, 2), widths, 5, block, stem=ImageNetStem, stem_features=8, **options)
 
 
 def aggregated(form):
@@ -62,7 +62,7 @@ def aggregated(form):
 
 
 BACKBONES = {
-    "basic units": {},
+    "basic blocks": {},
     "bottlenecks": {"branch": bottleneck_branch, "shortcut": "B"},
     "stride in the 3x3": {"branch": partial(bottleneck_branch, strided_conv=2), "shortcut": "C"},
     "equal widths": {"widths": (8, 8, 8, 8), "shortcut": "B"},
@@ -125,7 +125,7 @@ def test_frozen_normalisation_is_left_alone_and_the_rest_trained(family):
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0))
     after, metrics = step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, stats)
-    if family != "ResNet":  # whose units are dropped
+    if family != "ResNet":  # whose blocks are dropped
         at_rest = eval_step(params, stats, batch, model=FREEZABLE[family])
         np.testing.assert_allclose(metrics["loss"], at_rest["loss"] / 4, rtol=1e-4)
 

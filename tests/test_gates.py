@@ -1,4 +1,4 @@
-"""Stochastic depth: schedules, draws, and what a dropped unit leaves alone."""
+"""Stochastic depth: schedules, draws, and what a dropped block leaves alone."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from flax import linen as nn
 from test_resnet import TINY, check_tree, gradients, images, random_variables
 
 import resvariants as rv
-from resvariants import BasicUnit, InputError, ResNet, StochasticDepth, batch_norm, create_model
+from resvariants import BasicBlock, InputError, ResNet, StochasticDepth, batch_norm, create_model
 from resvariants.networks.gates import (
     draw_exactly,
     draw_for_examples,
@@ -36,7 +36,7 @@ def test_uniform_survival_is_the_same_for_all():
 
 
 @pytest.mark.parametrize("final", [0.0, -0.1, 1.01, float("nan")])
-def test_survival_outside_the_unit_interval_is_refused(final):
+def test_survival_outside_the_block_interval_is_refused(final):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         survival_probabilities("linear", 9, final)
 
@@ -59,12 +59,12 @@ def net():
     return model, variables, x, trained
 
 
-def test_units_survive_as_often_as_the_schedule_says(net):
+def test_blocks_survive_as_often_as_the_schedule_says(net):
     model, variables, _, trained = net
     draws = 400
 
     def kept(stats):
-        """Whose statistics moved: one boolean a unit."""
+        """Whose statistics moved: one boolean a block."""
         flags = []
         for stage in ("stage1", "stage2", "stage3"):
             before, after = variables["batch_stats"][stage], stats[stage]
@@ -76,19 +76,19 @@ def test_units_survive_as_often_as_the_schedule_says(net):
 
     keys = jax.random.split(jax.random.key(3), draws)
     flags = np.array([kept(trained(key)[1]["batch_stats"]) for key in keys])
-    expected = np.asarray(linear_decay(model.num_units))
+    expected = np.asarray(linear_decay(model.num_blocks))
     deviation = np.sqrt(expected * (1 - expected) / draws)
     assert np.all(np.abs(flags.mean(0) - expected) < 4 * deviation)
     assert 0 < flags.sum() < flags.size
 
 
 @pytest.mark.parametrize("name", ["preact_resnet20", "resnext29_2x64d", "resnet1202"])
-def test_every_kind_of_unit_can_be_dropped(name):
-    """Half a thousand units, or nine: as many survive as may, and evaluation scales all of them."""
+def test_every_kind_of_block_can_be_dropped(name):
+    """Half a thousand blocks, or nine: as many survive as may; evaluation scales all of them."""
     narrow = {"features": (64,) * 3 if "resnext" in name else (4,) * 3, "stem_features": 4}
     model = create_model(name, survival_probability=0.5).clone(**narrow)
     variables, x = random_variables(model, TINY), images(2, *TINY)
-    survival = linear_decay(model.num_units)
+    survival = linear_decay(model.num_blocks)
 
     def run(train, gates=None, key=0):
         return jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))(
@@ -104,13 +104,13 @@ def test_every_kind_of_unit_can_be_dropped(name):
         for part in ("first", "rest")
     ]
     kept = np.concatenate([np.atleast_1d(flags) for flags in moved])
-    assert len(kept) == model.num_units
+    assert len(kept) == model.num_blocks
     deviation = np.sqrt(np.sum(survival * (1 - survival)))
     assert abs(kept.sum() - survival.sum()) < 4 * deviation
     np.testing.assert_allclose(run(True)[0], run(True, jnp.asarray(kept))[0], 1e-3, 1e-3)
 
 
-def test_the_same_key_drops_the_same_units(net):
+def test_the_same_key_drops_the_same_blocks(net):
     *_, trained = net
     first, second = trained(jax.random.key(5)), trained(jax.random.key(5))
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -139,7 +139,7 @@ def test_explicit_gates_override_the_draw(net):
     )
 
 
-def test_a_skipped_unit_of_constant_shape_is_the_identity():
+def test_a_skipped_block_of_constant_shape_is_the_identity():
     model = create_model("resnet8", num_classes=0)
     variables, x = random_variables(model, TINY), images(2, *TINY)
     features = model.apply(
@@ -148,7 +148,7 @@ def test_a_skipped_unit_of_constant_shape_is_the_identity():
     np.testing.assert_array_equal(features["stage1"], features["stem"])
 
 
-def test_skipped_units_get_no_gradient(net):
+def test_skipped_blocks_get_no_gradient(net):
     model, variables, x, _ = net
     gates = jnp.ones(9, bool).at[4].set(False)
 
@@ -173,10 +173,10 @@ KINDS = {
 
 @pytest.mark.parametrize("remat", ["none", "sqrt"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_skipped_units_are_those_whose_residual_is_nothing(kind, remat):
+def test_skipped_blocks_are_those_whose_residual_is_nothing(kind, remat):
     """Boolean gates against zeros and ones; but a skipped branch's statistics stay put."""
-    unit = partial(rv.Unit, **KINDS[kind])
-    model = ResNet((9, 2), (4, 8), 10, unit=unit, stem_features=4, remat=remat)
+    block = partial(rv.Block, **KINDS[kind])
+    model = ResNet((9, 2), (4, 8), 10, block=block, stem_features=4, remat=remat)
     variables, x = random_variables(model, (8, 8, 3)), images(4, 8, 8, 3)
     gates = jnp.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0], bool)
     (by_skipping, stats), (by_zeros, all_stats) = (
@@ -204,9 +204,9 @@ def test_gates_may_be_given_at_initialisation_as_lists_and_as_python_numbers():
         model.apply(plain, x, train=False, gates=[0.5, 1.0, 1.0]),
         model.apply(plain, x, train=False, gates=jnp.array([0.5, 1.0, 1.0])),
     )
-    unit, x = BasicUnit(4, batch_norm(train=False)), images(2, 3, 3, 4)
-    variables = unit.init(jax.random.key(0), x, jnp.array(False))
-    halves = [unit.apply(variables, x, gate) for gate in (0.5, jnp.float32(0.5))]
+    block, x = BasicBlock(4, batch_norm(train=False)), images(2, 3, 3, 4)
+    variables = block.init(jax.random.key(0), x, jnp.array(False))
+    halves = [block.apply(variables, x, gate) for gate in (0.5, jnp.float32(0.5))]
     np.testing.assert_array_equal(*halves)
 
 
@@ -215,7 +215,7 @@ def test_the_other_convention_drops_examples_one_by_one_and_rescales_in_training
     model = create_model("resnet8", survival_draw="example", **options)
     constant = create_model("resnet8")
     variables, x = random_variables(model, TINY), images(64, *TINY)
-    # In evaluation every unit is whole.
+    # In evaluation every block is whole.
     np.testing.assert_array_equal(
         model.apply(variables, x, train=False), constant.apply(variables, x, train=False)
     )
@@ -237,7 +237,7 @@ def test_the_other_convention_drops_examples_one_by_one_and_rescales_in_training
     assert all(15 < count < 49 for count in counts) and len(set(counts)) > 1
 
 
-def test_exact_draws_keep_the_same_number_of_units_and_favour_none():
+def test_exact_draws_keep_the_same_number_of_blocks_and_favour_none():
     draws = np.array(
         [draw_exactly(key, 54, 23) for key in jax.random.split(jax.random.key(0), 400)]
     )
@@ -249,7 +249,7 @@ def test_exact_draws_keep_the_same_number_of_units_and_favour_none():
 def test_exact_draws_scale_residuals_by_the_share_that_they_keep():
     options = {"survival_draw": "exact", "survival_schedule": "uniform"}
     variables, x = random_variables(create_model("resnet8"), TINY), images(2, *TINY)
-    # Half of three units: two of three are kept.
+    # Half of three blocks: two of three are kept.
     np.testing.assert_allclose(
         create_model("resnet8", survival_probability=0.5, **options).apply(
             variables, x, train=False
@@ -315,7 +315,7 @@ def test_anybodys_branch_is_skipped_for_the_whole_batch():
 
 
 @pytest.mark.parametrize("probability", [0.0, -0.1, 1.01])
-def test_a_wrapper_outside_the_unit_interval_is_refused(probability):
+def test_a_wrapper_outside_the_block_interval_is_refused(probability):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         StochasticDepth(Branch(), probability).init(jax.random.key(0), jnp.ones(3), train=False)
     with pytest.raises(

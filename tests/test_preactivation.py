@@ -9,7 +9,7 @@ import pytest
 import reference
 from test_resnet import TINY, check_tree, images, random_variables
 
-from resvariants import BasicUnit, InputError, Unit, batch_norm, create_model
+from resvariants import BasicBlock, Block, InputError, batch_norm, create_model
 from resvariants.networks.parts import PLACEMENTS, WEIGHTS, constant_scaling, exclusive_gating
 from resvariants.networks.resnet import cifar_resnet
 from resvariants.networks.shortcuts import projection_shortcut
@@ -28,8 +28,8 @@ def test_the_table_above_holds_every_placement():
     assert ORDERS.keys() == PLACEMENTS.keys()
 
 
-def run_unit(order, params, stats, x, *, features, stride=1, share, norms_before=0, train=True):
-    """The unit that `order` spells; a word at a time. Returns the output and new statistics."""
+def run_block(order, params, stats, x, *, features, stride=1, share, norms_before=0, train=True):
+    """The block that `order` spells; a word at a time. Returns the output and new statistics."""
     words, shortcut_of, new = order.split(), x, dict(stats)
     convolutions, norms, added = 0, norms_before, False
 
@@ -62,8 +62,8 @@ def run_unit(order, params, stats, x, *, features, stride=1, share, norms_before
     return x, new
 
 
-def draw(unit, x, seed=0):
-    tree = jax.tree.map(np.asarray, unit.init(jax.random.key(0), x))
+def draw(block, x, seed=0):
+    tree = jax.tree.map(np.asarray, block.init(jax.random.key(0), x))
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape), tree)
     for name, node in drawn["params"].items():
@@ -77,11 +77,11 @@ def draw(unit, x, seed=0):
 
 @pytest.mark.parametrize("kind", ["identity", "option A", "option A, shared", "projection"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_unit_is_what_the_paper_draws(placement, kind):
+def test_a_block_is_what_the_paper_draws(placement, kind):
     features, strides = (4, 1) if kind == "identity" else (6, 2)
     shortcut = {"shortcut": projection_shortcut} if kind == "projection" else {}
     share = kind in ("option A, shared", "projection")
-    unit = BasicUnit(
+    block = BasicBlock(
         features,
         batch_norm(train=True),
         strides,
@@ -90,10 +90,10 @@ def test_a_unit_is_what_the_paper_draws(placement, kind):
         **shortcut,
     )
     x = images(3, 6, 6, 4)
-    variables = draw(unit, x)
-    y, updates = unit.apply(variables, x, mutable=["batch_stats"])
+    variables = draw(block, x)
+    y, updates = block.apply(variables, x, mutable=["batch_stats"])
     numpy = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
-    expected, stats = run_unit(
+    expected, stats = run_block(
         ORDERS[placement],
         numpy["params"],
         numpy["batch_stats"],
@@ -129,19 +129,19 @@ def test_a_network_shares_its_first_activation_and_ends_with_one(placement, bott
     y, _ = reference.batch_norm(params["stem"]["norm"], stats["stem"]["norm"], y, True)
     y = reference.relu(y)
     for stage, width in enumerate((64, 128, 256) if bottleneck else (16, 32, 64), start=1):
-        units = zip(
-            *(reference._units(tree[f"stage{stage}"], 2) for tree in (params, stats)), strict=True
+        blocks = zip(
+            *(reference._blocks(tree[f"stage{stage}"], 2) for tree in (params, stats)), strict=True
         )
-        for index, (unit_params, unit_stats) in enumerate(units):
+        for index, (block_params, block_stats) in enumerate(blocks):
             very_first = stage == 1 and index == 0
-            y, _ = run_unit(
+            y, _ = run_block(
                 order[order.index("conv") :] if very_first else order,
-                unit_params,
-                unit_stats,
+                block_params,
+                block_stats,
                 y,
                 features=width,
                 stride=2 if stage > 1 and index == 0 else 1,
-                share="shortcut_conv" in unit_params,
+                share="shortcut_conv" in block_params,
                 norms_before=1 if very_first and placement == "full_preactivation" else 0,
             )
     if placement == "full_preactivation":
@@ -166,17 +166,17 @@ def test_weighted_shortcuts_are_the_formulas_of_table_1(kind, strides, gate):
         "exclusive": exclusive_gating,
         "shortcut only": WEIGHTS["shortcut_only_gating"],
     }[kind]
-    unit = BasicUnit(features, batch_norm(train=False), strides, weights=weights)
+    block = BasicBlock(features, batch_norm(train=False), strides, weights=weights)
     x = images(2, 6, 6, 4)
-    variables = draw(unit, x)
-    y = unit.apply(variables, x, None if gate is None else jnp.asarray(gate))
+    variables = draw(block, x)
+    y = block.apply(variables, x, None if gate is None else jnp.asarray(gate))
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     x = np.asarray(x, np.float64)
-    branch = BasicUnit(features, batch_norm(train=False), strides)
+    branch = BasicBlock(features, batch_norm(train=False), strides)
     shortcut = reference.parameter_free_shortcut(x, features, strides)
     plain = {k: {n: v for n, v in tree.items() if n != "gate"} for k, tree in variables.items()}
-    # F itself, from a unit whose merge gives nothing else.
+    # F itself, from a block whose merge gives nothing else.
     residual = branch.clone(merge=lambda shortcut, residual, gate, activate: residual).apply(
         plain, jnp.asarray(x, jnp.float32)
     )
@@ -193,19 +193,19 @@ def test_weighted_shortcuts_are_the_formulas_of_table_1(kind, strides, gate):
 @pytest.mark.parametrize("name", ["exclusive_gating", "shortcut_only_gating"])
 def test_gates_begin_almost_closed(name):
     """Bias -6: 1 - g is 0.9975 for an average input (He et al. 2016, 3.1)."""
-    unit = BasicUnit(4, batch_norm(train=False), weights=WEIGHTS[name])
-    params = unit.init(jax.random.key(0), images(2, 6, 6, 4))["params"]
+    block = BasicBlock(4, batch_norm(train=False), weights=WEIGHTS[name])
+    params = block.init(jax.random.key(0), images(2, 6, 6, 4))["params"]
     assert sigmoid(params["gate"]["bias"]) == pytest.approx(1 - 0.9975, abs=3e-5)
     other = partial(WEIGHTS[name], bias=-2.0)
-    params = unit.clone(weights=other).init(jax.random.key(0), images(2, 6, 6, 4))["params"]
+    params = block.clone(weights=other).init(jax.random.key(0), images(2, 6, 6, 4))["params"]
     np.testing.assert_array_equal(params["gate"]["bias"], -2.0)
 
 
-def test_dropout_on_shortcuts_drops_half_of_them_anew_in_every_unit_and_only_in_training():
+def test_dropout_on_shortcuts_drops_half_of_them_anew_in_every_block_and_only_in_training():
     model = create_model("resnet20", num_classes=0, weights="dropout")
     x = jnp.ones((4, 16, 16, 3))
     variables = random_variables(model, TINY)
-    # Without their last scale and bias, units are relu(dropout(S)).
+    # Without their last scale and bias, blocks are relu(dropout(S)).
     variables["params"] = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * ("norm2" not in jax.tree_util.keystr(path)), variables["params"]
     )
@@ -221,15 +221,15 @@ def test_dropout_on_shortcuts_drops_half_of_them_anew_in_every_unit_and_only_in_
     np.testing.assert_allclose(tested["stage1"], tested["stem"], atol=1e-5)
     positive = np.asarray(trained["stem"]) > 1e-3
     ratios = np.asarray(trained["stage1"])[positive] / np.asarray(trained["stem"])[positive]
-    # Three independent units: an eighth survives, eight times as large.
+    # Three independent blocks: an eighth survives, eight times as large.
     assert np.all(np.isclose(ratios, 0, atol=1e-4) | np.isclose(ratios, 8, rtol=1e-3))
     assert 0.09 < np.mean(ratios > 1) < 0.16
 
 
 def test_names_of_other_depths_may_be_preactivated():
-    assert create_model("preact_resnet14").num_units == 6
+    assert create_model("preact_resnet14").num_blocks == 6
     assert create_model("preact_resnet29_bottleneck").final_activation == "norm relu"
-    assert create_model("resnet110_one_layer_skip").num_units == 108
+    assert create_model("resnet110_one_layer_skip").num_blocks == 108
     with pytest.raises(InputError, match=r"6n\+2"):
         create_model("preact_resnet15")
     with pytest.raises(InputError, match=r"unknown placement 'after'; allowed: full_preactivation"):
@@ -238,8 +238,8 @@ def test_names_of_other_depths_may_be_preactivated():
         create_model("resnet20", weights="half")
 
 
-def test_a_preactivated_unit_that_is_skipped_is_the_identity():
-    unit = Unit(4, batch_norm(train=False), placement=PLACEMENTS["full_preactivation"])
+def test_a_preactivated_block_that_is_skipped_is_the_identity():
+    block = Block(4, batch_norm(train=False), placement=PLACEMENTS["full_preactivation"])
     x = images(2, 6, 6, 4)
-    variables = unit.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(unit.apply(variables, x, jnp.array(False)), x)
+    variables = block.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(block.apply(variables, x, jnp.array(False)), x)

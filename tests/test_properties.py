@@ -193,11 +193,11 @@ def gated(request):
     return model, variables, features
 
 
-def test_whatever_units_are_skipped_float_gates_of_0_and_1_give_the_same(gated):
+def test_whatever_blocks_are_skipped_float_gates_of_0_and_1_give_the_same(gated):
     model, _, features = gated
 
     @examples(40)
-    @given(st.lists(st.booleans(), min_size=model.num_units, max_size=model.num_units))
+    @given(st.lists(st.booleans(), min_size=model.num_blocks, max_size=model.num_blocks))
     def check(gates):
         skipped = features(jnp.array(gates))
         scaled = features(jnp.array(gates, jnp.float32))
@@ -210,7 +210,7 @@ def test_whatever_units_are_skipped_float_gates_of_0_and_1_give_the_same(gated):
 
 def test_without_residuals_the_shortcuts_alone_are_left(gated):
     model, variables, features = gated
-    for gates in (jnp.zeros(model.num_units), jnp.zeros(model.num_units, bool)):
+    for gates in (jnp.zeros(model.num_blocks), jnp.zeros(model.num_blocks, bool)):
         found = jax.tree.map(np.asarray, features(gates))
         x = found["stem"]
         for stage, width in enumerate(model.features, 1):
@@ -222,14 +222,14 @@ def test_without_residuals_the_shortcuts_alone_are_left(gated):
 
 
 def test_a_residual_grows_with_its_gate(gated):
-    """In the last stage's last unit, nothing follows but an activation: the slope is constant."""
+    """In the last stage's last block, nothing follows but an activation: the slope is constant."""
     model, _, features = gated
 
     @examples(30)
     @given(st.floats(0, 4, width=32))
     def check(gate):
         at = [
-            np.asarray(features(jnp.ones(model.num_units).at[-1].set(value))["stage3"])
+            np.asarray(features(jnp.ones(model.num_blocks).at[-1].set(value))["stage3"])
             for value in (0.0, gate, 4.0)
         ]
         slope = np.sign(np.round(at[2] - at[0], 4))
@@ -242,13 +242,13 @@ def test_a_residual_grows_with_its_gate(gated):
 
 @examples(40)
 @given(st.lists(st.integers(0, 7), max_size=3), st.integers(1, 6))
-def test_gates_of_another_shape_are_refused(shape, units):
+def test_gates_of_another_shape_are_refused(shape, blocks):
     gates = np.zeros(shape)
-    if gates.shape == (units,):
-        assert check_gates(gates, units).shape == (units,)
+    if gates.shape == (blocks,):
+        assert check_gates(gates, blocks).shape == (blocks,)
         return
-    with pytest.raises(InputError, match=f"takes shape \\({units},\\)"):
-        check_gates(gates, units)
+    with pytest.raises(InputError, match=f"takes shape \\({blocks},\\)"):
+        check_gates(gates, blocks)
 
 
 depths = st.sampled_from((1, 2, 3, 9, 54, 333, 600))  # each compiles its own
@@ -258,13 +258,13 @@ finals = st.floats(1e-6, 1) | st.sampled_from((0.0, -1e-9, 1 + 1e-9, math.nan, m
 
 @examples(80)
 @given(st.sampled_from(("linear", "uniform", "cubic")), depths, finals)
-def test_survival_lies_in_the_unit_interval_and_never_grows_with_depth(kind, units, final):
+def test_survival_lies_in_the_block_interval_and_never_grows_with_depth(kind, blocks, final):
     if kind == "cubic" or not 0 < final <= 1:
         with pytest.raises(InputError, match="survival"):
-            survival_probabilities(kind, units, final)
+            survival_probabilities(kind, blocks, final)
         return
-    survival = np.asarray(survival_probabilities(kind, units, final))
-    assert survival.shape == (units,) and survival.dtype == np.float32
+    survival = np.asarray(survival_probabilities(kind, blocks, final))
+    assert survival.shape == (blocks,) and survival.dtype == np.float32
     assert np.all(survival > 0) and np.all(survival <= 1)
     assert np.all(np.diff(survival) <= 0)
     assert survival[-1] == pytest.approx(final, abs=1e-6)

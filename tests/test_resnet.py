@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import resvariants as rv
 from resvariants import InputError, create_model
-from resvariants.networks.blocks import BottleneckUnit
+from resvariants.networks.blocks import BottleneckBlock
 from resvariants.networks.resnet import ResNet, cifar_resnet, imagenet_resnet
 
 
@@ -100,7 +100,7 @@ GATED = {name: NETS[name] for name in ("option A", "option C", "plain")}
 def test_gated_network_equals_the_reference(name, kind):
     model, facts = GATED[name]
     rng = np.random.default_rng(2)
-    gates = rng.uniform(size=model.num_units)
+    gates = rng.uniform(size=model.num_blocks)
     if kind == "boolean":
         gates = gates > 0.5
         assert gates.any() and not gates.all()
@@ -115,7 +115,7 @@ def test_gated_network_equals_the_reference(name, kind):
 
 @pytest.fixture(scope="module")
 def small():
-    """Two stages of 5 and 3 units, its variables, images, and gradients computed plainly."""
+    """Two stages of 5 and 3 blocks, its variables, images, and gradients computed plainly."""
     model = ResNet((5, 3), (8, 16), 10, stem_features=8)
     variables, x = random_variables(model, (8, 8, 3)), images(2, 8, 8, 3)
     return model, variables, x, gradients(model, variables, x, None)
@@ -142,7 +142,7 @@ def gradients(model, variables, x, gates):
 )
 def test_execution_changes_no_result(small, remat, unroll, gates):
     model, variables, x, expected = small
-    gates = None if gates is None else jnp.ones(model.num_units, gates)
+    gates = None if gates is None else jnp.ones(model.num_blocks, gates)
     other = model.clone(remat=remat, unroll=unroll)
     check_tree(gradients(other, variables, x, gates), expected, atol=2e-4)
 
@@ -159,10 +159,10 @@ def test_execution_changes_no_result(small, remat, unroll, gates):
     ],
 )
 def test_memory_of_the_gradient_grows_with_depth_as_documented(remat, gated, low, high):
-    """In feature maps a unit, from what the compiled gradient holds; gates are boolean."""
+    """In feature maps a block, from what the compiled gradient holds; gates are boolean."""
 
-    def held(units):
-        model = ResNet((units,), (16,), 10, remat=remat)
+    def held(blocks):
+        model = ResNet((blocks,), (16,), 10, remat=remat)
         x = jnp.zeros((8, 16, 16, 3))
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
 
@@ -171,7 +171,7 @@ def test_memory_of_the_gradient_grows_with_depth_as_documented(remat, gated, low
             y, _ = model.apply(variables, x, train=True, gates=gates, mutable=["batch_stats"])
             return y.sum()
 
-        gates = jnp.ones(units, bool) if gated else None
+        gates = jnp.ones(blocks, bool) if gated else None
         lowered = jax.jit(jax.grad(loss)).lower(
             variables["params"], variables["batch_stats"], gates
         )
@@ -194,7 +194,7 @@ def test_execution_changes_no_parameter_tree():
         assert tree(**options) == plain
 
 
-def test_stacked_units_start_different_and_with_the_first_units_distribution():
+def test_stacked_blocks_start_different_and_with_the_first_blocks_distribution():
     model = cifar_resnet(56)
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *TINY)), train=True))()
     kernels = variables["params"]["stage3"]["rest"]["conv1"]["kernel"]
@@ -205,9 +205,9 @@ def test_stacked_units_start_different_and_with_the_first_units_distribution():
     assert not np.any(stats["mean"]) and np.all(np.asarray(stats["var"]) == 1)
 
 
-def test_deleting_a_unit_is_indexing_the_stack(small):
+def test_deleting_a_block_is_indexing_the_stack(small):
     model, variables, x, _ = small
-    gates = jnp.ones(8, bool).at[2].set(False)  # the third unit of stage 1
+    gates = jnp.ones(8, bool).at[2].set(False)  # the third block of stage 1
     kept = np.array([0, 2, 3])  # of the stacked four
 
     def cut(collection):
@@ -252,7 +252,7 @@ def test_bfloat16_computes_in_half_precision_and_keeps_the_rest_in_single():
 def test_wrong_gates_and_options_are_refused():
     x = jnp.zeros((1, *TINY))
     for options, arguments, says in (
-        ({}, {"gates": jnp.ones(8)}, "has 9 units"),
+        ({}, {"gates": jnp.ones(8)}, "has 9 blocks"),
         ({"remat": "blocks"}, {}, "allowed: auto, block, none, sqrt"),
         ({"survival_probability": 0.0}, {}, r"outside \(0, 1\]"),
         ({"survival_probability": 1.5}, {}, r"outside \(0, 1\]"),
@@ -266,27 +266,31 @@ def test_wrong_gates_and_options_are_refused():
 
 
 class Users(nn.Module):
-    """Somebody's own model around our units, with a normalisation of their own."""
+    """Somebody's own model around our blocks, with a normalisation of their own."""
 
     @nn.compact
     def __call__(self, x):
         def norm(name):
             return nn.GroupNorm(num_groups=4, name=name)
 
-        x = nn.Sequential([rv.BasicUnit(8, norm), BottleneckUnit(16, norm, strides=2)])(x)
+        x = nn.Sequential([rv.BasicBlock(8, norm), BottleneckBlock(16, norm, strides=2)])(x)
         return x.mean((1, 2))
 
 
-def test_units_work_in_other_peoples_modules():
+def test_blocks_work_in_other_peoples_modules():
     x = images(2, 8, 8, 8)
     y, variables = Users().init_with_output(jax.random.key(0), x)
     assert y.shape == (2, 16) and set(variables) == {"params"}
 
 
-def test_one_unit_under_vmap_is_an_ensemble():
-    unit = nn.vmap(
-        rv.Unit, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3
+def test_one_block_under_vmap_is_an_ensemble():
+    block = nn.vmap(
+        rv.Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
     )(8, lambda name: nn.LayerNorm(name=name))
-    y, variables = unit.init_with_output(jax.random.key(0), images(2, 4, 4, 8))
+    y, variables = block.init_with_output(jax.random.key(0), images(2, 4, 4, 8))
     assert y.shape == (3, 2, 4, 4, 8)
     assert variables["params"]["conv1"]["kernel"].shape == (3, 3, 3, 8, 8)

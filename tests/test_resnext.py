@@ -10,7 +10,7 @@ import pytest
 import reference
 from test_resnet import check_tree, images, random_variables
 
-from resvariants import InputError, Unit, batch_norm, create_model
+from resvariants import Block, InputError, batch_norm, create_model
 from resvariants.networks.parts import aggregated_branch
 from resvariants.networks.resnext import convert_form, resnext
 from resvariants.networks.shortcuts import projection_shortcut
@@ -20,7 +20,7 @@ TINY = (8, 8, 3)
 
 
 def small(form, **options):
-    """Two stages of two units, 256 and 512 wide, four paths of two (four) channels."""
+    """Two stages of two blocks, 256 and 512 wide, four paths of two (four) channels."""
     return resnext((2, 2), 10, cardinality=4, base_width=2, form=form, **options)
 
 
@@ -83,14 +83,14 @@ def test_conversion_there_and_back_changes_nothing(in_form_c):
             jax.tree.map(np.testing.assert_array_equal, back, dict(variables))
 
 
-def test_one_collection_of_one_unit_converts_too():
-    unit = Unit(
+def test_one_collection_of_one_block_converts_too():
+    block = Block(
         256,
         batch_norm(train=False),
         branch=partial(aggregated_branch, cardinality=4, base_width=2),
         shortcut=projection_shortcut,
     )
-    params = unit.init(jax.random.key(0), images(1, 4, 4, 64))["params"]
+    params = block.init(jax.random.key(0), images(1, 4, 4, 64))["params"]
     paths = convert_form(params, "c", "a", 4)
     kernel = params["conv2"]["kernel"]
     assert kernel.shape == (3, 3, 2, 8)
@@ -102,9 +102,9 @@ def test_one_collection_of_one_unit_converts_too():
 
 
 @pytest.mark.parametrize("strides", [1, 2])
-def test_a_grouped_unit_is_the_papers(strides):
+def test_a_grouped_block_is_the_papers(strides):
     """Template of table 1: 1x1 of C d, 3x3 in C groups with the stride, 1x1; projection."""
-    unit = Unit(
+    block = Block(
         512,
         batch_norm(train=False),
         strides,
@@ -112,8 +112,8 @@ def test_a_grouped_unit_is_the_papers(strides):
         shortcut=projection_shortcut,
     )
     x = images(2, 7, 7, 5)
-    variables = unit.init(jax.random.key(0), x)
-    y = unit.apply(variables, x)
+    variables = block.init(jax.random.key(0), x)
+    y = block.apply(variables, x)
     params, stats = (
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[name])
         for name in ("params", "batch_stats")

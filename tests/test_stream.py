@@ -321,8 +321,8 @@ def test_lighting_is_one_colour_an_image_along_the_principal_components():
 def test_without_jitter_and_lighting_nothing_changes():
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 3), np.uint8)
     key = jax.random.key(0)
-    unit = images.astype(np.float32) / 255
-    np.testing.assert_array_equal(recolour(key, jnp.asarray(unit), 0.0, 0.0), unit)
+    share = images.astype(np.float32) / 255
+    np.testing.assert_array_equal(recolour(key, jnp.asarray(share), 0.0, 0.0), share)
     mean, scale = normalisation("imagenet", Stream(Numbered([]), np.arange(0)), 3)
     found = prepared(key, jnp.asarray(images), mean, scale, Augmentation())
     np.testing.assert_allclose(found, (images - mean) / scale, rtol=1e-6)

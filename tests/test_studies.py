@@ -115,7 +115,7 @@ def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
 def test_a_network_trained_on_short_paths_stands_beside_the_full_one(finished, tmp_path, start):
     out = f"--out={tmp_path}"
     start(paths, "--workdir", finished, out, "--images=20", "--samples=1", "--train_effective")
-    check_report(tmp_path, "| all 9 units |", "| 4 of 9 units a batch |", "5.96")
+    check_report(tmp_path, "| all 9 blocks |", "| 4 of 9 blocks a batch |", "5.96")
     config = json.loads((tmp_path / "effective" / "config.json").read_text())
     assert config["model"]["survival_draw"] == "exact"
     assert config["model"]["survival_probability"] == pytest.approx(4 / 9)
@@ -228,7 +228,7 @@ def test_a_study_refuses_what_is_no_finished_run(module, finished, tmp_path, sta
 def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
     out = f"--out={tmp_path / 'out'}"
     says = refused(start, lesion, "--workdirs", finished, out, "--max_deletions=10")
-    assert "has only 9 units" in says
+    assert "has only 9 blocks" in says
     for arguments, says in (
         (["--models", "resnet8", "resnet9"], "resnet9"),
         (["--models", "resnet8,model.remt=block"], "nearest: model.remat"),
@@ -243,7 +243,7 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
         assert says in refused(start, compare, out, *arguments)
     for name in ("densenet40_k12", "plain8"):
         says = refused(start, stochastic_depth, out, f"--model={name}")
-        assert "no residual units" in says or "has no option" in says
+        assert "no residual blocks" in says or "has no option" in says
     assert "after BatchNorm" in refused(start, responses, out, "--models", "highway19")
     assert "two or more" in refused(start, degradation, out, "--depths", "20")
     assert "not all of them" in refused(start, degradation, out, "--depths", "20", "50")

@@ -245,7 +245,7 @@ def test_the_gradients_above_are_clipped_at_some_steps_and_not_at_others():
     ("pattern", "spared"), [("kernel$", {"scale", "bias"}), ("", set()), ("conv|head", {"norm"})]
 )
 def test_weight_decay_takes_the_parameters_that_the_pattern_finds(pattern, spared):
-    """On a network with stacked units, whose BatchNorm scales have two dimensions."""
+    """On a network with stacked blocks, whose BatchNorm scales have two dimensions."""
     shapes = abstract_variables(create_model("resnet20"), (32, 32, 3))["params"]
     assert flat(shapes)["stage1/rest/norm1/scale"].ndim == 2
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
@@ -263,7 +263,7 @@ CLASSES, SHAPE = 5, (2, 3, 1)
 
 
 class Linear(nn.Module):
-    """Logits from one matrix; noise, if any, is from the stream that skips units."""
+    """Logits from one matrix; noise, if any, is from the stream that skips blocks."""
 
     noise: float = 0.0
 

@@ -31,33 +31,33 @@ CIFAR = (32, 32, 3)
 def test_every_networks_stages_come_apart_and_together_again(family):
     for name, entry in list_models()[family].items():
         if re.search("1001|1202|164|110_|densenet", name):
-            continue  # seconds to trace, and the same units as in others, or no stages
+            continue  # seconds to trace, and the same blocks as in others, or no stages
         shapes = abstract_variables(entry.build(num_classes=10), entry.image_shape)
         again = jax.eval_shape(lambda variables: stack(unstack(variables)), shapes)
         assert again == shapes, name
 
 
 @pytest.mark.parametrize("name", ["resnet14", "preact_resnet20", "highway10_width16"])
-def test_units_keep_their_values(name):
+def test_blocks_keep_their_values(name):
     variables = random_variables(create_model(name), find(name).image_shape)
-    units = unstack(variables)
+    blocks = unstack(variables)
     for layer, arrays in variables["params"]["stage2"]["rest"].items():
         for array, values in jax.tree_util.tree_leaves_with_path(arrays):
-            there = units["params"]["stage2"]["unit2"][layer]
+            there = blocks["params"]["stage2"]["unit2"][layer]
             for key in array:
                 there = there[key.key]
             np.testing.assert_array_equal(there, values[0])
-    jax.tree.map(np.testing.assert_array_equal, stack(units), variables)
+    jax.tree.map(np.testing.assert_array_equal, stack(blocks), variables)
 
 
-def test_units_that_do_not_stack_are_refused():
-    units = unstack(random_variables(create_model("resnet20"), CIFAR)["params"])
-    units["stage2"].pop("unit2")
-    with pytest.raises(InputError, match=r"units \[3\] of a stage are not in sequence"):
-        stack(units)
-    units["stage2"]["unit2"] = units["stage1"]["unit2"]
+def test_blocks_that_do_not_stack_are_refused():
+    blocks = unstack(random_variables(create_model("resnet20"), CIFAR)["params"])
+    blocks["stage2"].pop("unit2")
+    with pytest.raises(InputError, match=r"blocks \[3\] of a stage are not in sequence"):
+        stack(blocks)
+    blocks["stage2"]["unit2"] = blocks["stage1"]["unit2"]
     with pytest.raises(InputError, match="must have the same arrays"):
-        stack(units)
+        stack(blocks)
 
 
 # Tensors (without counters) in the libraries' own state dicts, and the beginning of the SHA-256 of
@@ -176,8 +176,8 @@ def akamasters_resnet(tensors, x):
 
     x = np.maximum(norm("bn1", conv("conv1", x)), 0)
     for stage in (1, 2, 3):
-        for unit in range(3):
-            name, stride = f"layer{stage}.{unit}", 2 if stage > 1 and unit == 0 else 1
+        for block in range(3):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
             y = np.maximum(norm(f"{name}.bn1", conv(f"{name}.conv1", x, stride)), 0)
             y = norm(f"{name}.bn2", conv(f"{name}.conv2", y))
             quarter = (y.shape[-1] - x.shape[-1]) // 2  # of the new number, on both sides

@@ -2,8 +2,8 @@
 
 from resvariants.analysis.deepening import deepen
 from resvariants.analysis.lesions import (
-    count_units,
-    first_units,
+    count_blocks,
+    first_blocks,
     is_residual,
     make_errors,
     reordered,
@@ -16,9 +16,9 @@ from resvariants.analysis.responses import by_layer, make_layer_gradients, make_
 
 __all__ = [
     "by_layer",
-    "count_units",
+    "count_blocks",
     "deepen",
-    "first_units",
+    "first_blocks",
     "is_residual",
     "make_errors",
     "make_layer_gradients",

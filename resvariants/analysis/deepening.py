@@ -1,8 +1,8 @@
 """How does a trained network become deeper without computing anything else?
 
 The thought experiment of He et al. 2015, section 1: a deeper net can always do what a shallower one
-does, if its added layers are identities. Residual units are one when their branch gives zero; plain
-units need kernels that copy.
+does, if its added layers are identities. Residual blocks are one when their branch gives zero;
+plain blocks need kernels that copy.
 """
 
 from collections.abc import Sequence
@@ -27,28 +27,28 @@ def deepen(
     key: jax.Array,
     images: jax.Array,
 ) -> tuple[nn.Module, Any]:
-    """A deeper net that computes what `model` does, its new units at the end of each stage.
+    """A deeper net that computes what `model` does, its new blocks at the end of each stage.
 
-    New residual units have a last BatchNorm scale of zero (pre-activated ones, which end with a
+    New residual blocks have a last BatchNorm scale of zero (pre-activated ones, which end with a
     convolution: a kernel of zeros) and are otherwise initialised afresh: the two nets are equal in
-    evaluation and in training. New plain units copy their input by kernels that are 1 at one tap;
+    evaluation and in training. New plain blocks copy their input by kernels that are 1 at one tap;
     their running statistics undo BatchNorm's epsilon, so that the nets are equal in evaluation. In
-    training BatchNorm normalises what passes a plain unit, whatever its kernels are.
+    training BatchNorm normalises what passes a plain block, whatever its kernels are.
 
     Args:
-      model: a ResNet of constant depth with post- or pre-activated, residual or plain units, or a
-        VGG. (Stochastic depth ties survival to the number of units: deepen
+      model: a ResNet of constant depth with post- or pre-activated, residual or plain blocks, or a
+        VGG. (Stochastic depth ties survival to the number of blocks: deepen
         `model.clone(survival_probability=1.0)`.)
       variables: its `params` and `batch_stats`.
-      stage_sizes: units in each stage of the deeper net.
-      key: for the new units' initial values.
+      stage_sizes: blocks in each stage of the deeper net.
+      key: for the new blocks' initial values.
       images: any, of the size that the net takes.
 
     Returns:
       The deeper model, and its variables.
 
     Raises:
-      InputError: another number of stages or fewer units than before, stochastic depth, or units
+      InputError: another number of stages or fewer blocks than before, stochastic depth, or blocks
         that no parameters make an identity that learns.
     """
     make_identity = _identity(model)
@@ -58,7 +58,7 @@ def deepen(
     ):
         raise InputError(
             f"stage_sizes {new_sizes}: the network has {old_sizes}, and each stage must keep its"
-            " units or gain some"
+            " blocks or gain some"
         )
     deeper = model.clone(stage_sizes=new_sizes)
     fresh = jax.jit(lambda key, images: deeper.init(key, images, train=False))(key, images)
@@ -81,28 +81,28 @@ def deepen(
 
 
 def _identity(model):
-    # A function that turns the variables of new units, stacked, into those of identities.
+    # A function that turns the variables of new blocks, stacked, into those of identities.
     if isinstance(model, VGG):
         return _copying
     if not isinstance(model, ResNet):
         raise InputError(f"only ResNet and VGG can be deepened, not {type(model).__name__}")
     if model.survival_probability < 1:
         raise InputError(
-            "stochastic depth would give old units other survival probabilities; deepen"
+            "stochastic depth would give old blocks other survival probabilities; deepen"
             " model.clone(survival_probability=1.0)"
         )
-    unit = model.unit(model.features[0], norm=no_norm, parent=None)
-    before, after, merged = unit.placement
-    if unit.merge is plain_merge:
-        if unit.branch not in (basic_branch, single_branch):
+    block = model.block(model.features[0], norm=no_norm, parent=None)
+    before, after, merged = block.placement
+    if block.merge is plain_merge:
+        if block.branch not in (basic_branch, single_branch):
             raise InputError("no kernels make an identity of plain bottlenecks: they are narrower")
         if "norm" in before:
-            raise InputError("no kernels make an identity of plain units that pre-activate")
+            raise InputError("no kernels make an identity of plain blocks that pre-activate")
         return _copying
-    if unit.weights is not None or unit.shortcut is SHORTCUTS["C"]:
-        raise InputError("a unit whose shortcut is weighted or projected is no identity")
+    if block.weighting is not None or block.shortcut is SHORTCUTS["C"]:
+        raise InputError("a block whose shortcut is weighted or projected is no identity")
     if "norm" in merged:
-        raise InputError("a unit with BatchNorm after the addition is no identity")
+        raise InputError("a block with BatchNorm after the addition is no identity")
     if after.endswith("relu"):
         raise InputError("a branch that ends with a ReLU is zero only where it cannot learn")
     if "norm" in after:
@@ -112,12 +112,12 @@ def _identity(model):
 
 def _zero_last(stack, kind, array):
     # Layers are numbered in their order; where a branch has paths, "conv3_1" and its like are last.
-    units = dict(stack["params"])
-    last = max(name.split("_")[0] for name in units if name.startswith(kind))
-    for name in units:
+    blocks = dict(stack["params"])
+    last = max(name.split("_")[0] for name in blocks if name.startswith(kind))
+    for name in blocks:
         if name.split("_")[0] == last:
-            units[name] = {**units[name], array: jnp.zeros_like(units[name][array])}
-    return {**stack, "params": units}
+            blocks[name] = {**blocks[name], array: jnp.zeros_like(blocks[name][array])}
+    return {**stack, "params": blocks}
 
 
 def _copying(stack):

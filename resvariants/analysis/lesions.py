@@ -13,63 +13,64 @@ import numpy as np
 from flax import linen as nn
 
 from resvariants.errors import InputError
+from resvariants.networks.normalisation import no_norm
 from resvariants.networks.parts import residual_merge
 from resvariants.networks.resnet import ResNet
 from resvariants.training.step import eval_step
 
 
-def count_units(model: nn.Module) -> int:
-    """How many units of `model` have a gate.
+def count_blocks(model: nn.Module) -> int:
+    """How many blocks of `model` have a gate.
 
     Raises:
       InputError: none has, as in DenseNet, AlexNet and GoogLeNet.
     """
-    if not hasattr(model, "num_units"):
+    if not hasattr(model, "num_blocks"):
         raise InputError(
-            f"{type(model).__name__} has no gates, so that no unit of it can be deleted or moved;"
+            f"{type(model).__name__} has no gates, so that no block of it can be deleted or moved;"
             " residual, plain and highway networks and VGG have"
         )
-    return model.num_units
+    return model.num_blocks
 
 
-def first_units(model: Any) -> np.ndarray:
-    """Where each stage after the first begins: the units that halve the maps, as indices."""
-    count_units(model)
+def first_blocks(model: Any) -> np.ndarray:
+    """Where each stage after the first begins: the blocks that halve the maps, as indices."""
+    count_blocks(model)
     return np.cumsum(model.stage_sizes)[:-1]
 
 
-def without(num_units: int, deleted: Sequence[int]) -> np.ndarray:
-    """Boolean gates (num_units,) that skip the units in `deleted`, counted from 0."""
-    gates = np.ones(num_units, bool)
+def without(num_blocks: int, deleted: Sequence[int]) -> np.ndarray:
+    """Boolean gates (num_blocks,) that skip the blocks in `deleted`, counted from 0."""
+    gates = np.ones(num_blocks, bool)
     gates[list(deleted)] = False
     return gates
 
 
 def is_residual(model: nn.Module) -> bool:
-    """Whether all units of `model` add an unweighted residual to their shortcut."""
+    """Whether all blocks of `model` add an unweighted residual to their shortcut."""
     if not isinstance(model, ResNet):
         return False
-    unit = model.unit(model.features[0], norm=None, parent=None)
-    return unit.merge is residual_merge and unit.weights is None
+    block = model.block(model.features[0], norm=no_norm, parent=None)
+    return block.merge is residual_merge and block.weighting is None
 
 
 def residual_scales(model: nn.Module) -> np.ndarray:
-    """What evaluation multiplies residuals with, (num_units,): 1, or survival probabilities."""
+    """What evaluation multiplies residuals with, (num_blocks,): 1, or survival probabilities."""
     scales = model.residual_scales() if isinstance(model, ResNet) else None
-    return np.ones(count_units(model), np.float32) if scales is None else np.asarray(scales)
+    return np.ones(count_blocks(model), np.float32) if scales is None else np.asarray(scales)
 
 
 def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
     """A function (variables, gates, order) -> error in per cent over `batches`, compiled once.
 
-    Gates are boolean and all true by default; `order` is that of `reordered` variables. Units that
+    Gates are boolean and all true by default; `order` is that of `reordered` variables. Blocks that
     are off are really skipped, but for nets of stochastic depth: evaluation scales what is left of
     their residuals, at the full cost.
 
     Args:
       batches: as `data.evaluation_batches` gives them.
     """
-    num_units, scales = count_units(model), residual_scales(model)
+    num_blocks, scales = count_blocks(model), residual_scales(model)
 
     @jax.jit
     def step(variables, batch, gates):
@@ -80,9 +81,9 @@ def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
         return sums["errors"], sums["count"]
 
     def errors(variables, gates=None, order=None) -> float:
-        gates = without(num_units, ()) if gates is None else gates
+        gates = without(num_blocks, ()) if gates is None else gates
         if (scales != 1).any():
-            gates = gates * (scales if order is None else scales[order])  # units keep their own
+            gates = gates * (scales if order is None else scales[order])  # blocks keep their own
         sums = jax.device_get([step(variables, batch, jnp.asarray(gates)) for batch in batches])
         wrong, count = np.sum(np.asarray(sums, np.int64), axis=0)
         return 100 * float(wrong) / float(count)
@@ -91,24 +92,24 @@ def make_errors(model: nn.Module, batches: Sequence[dict[str, jax.Array]]):
 
 
 def swapped(model: Any, swaps: int, rng: np.random.Generator) -> np.ndarray:
-    """The order of units after `swaps` random swaps of two units of one stage and one shape.
+    """The order of blocks after `swaps` random swaps of two blocks of one stage and one shape.
 
-    The first unit of every stage stays: it changes the shape, or may.
+    The first block of every stage stays: it changes the shape, or may.
 
     Returns:
-      A permutation of the units, as indices.
+      A permutation of the blocks, as indices.
 
     Raises:
-      InputError: no stage has two units of one shape.
+      InputError: no stage has two blocks of one shape.
     """
-    order = np.arange(count_units(model))
+    order = np.arange(count_blocks(model))
     ends = np.cumsum(model.stage_sizes)
     stages = [
         np.arange(end - size + 1, end) for size, end in zip(model.stage_sizes, ends, strict=True)
     ]
     pairs = [(i, j) for stage in stages for i in stage for j in stage if i < j]
     if not pairs:
-        raise InputError(f"stages of {tuple(model.stage_sizes)} units: none has two to swap")
+        raise InputError(f"stages of {tuple(model.stage_sizes)} blocks: none has two to swap")
     for pair in rng.integers(len(pairs), size=swaps):
         i, j = pairs[pair]
         order[[i, j]] = order[[j, i]]
@@ -116,7 +117,7 @@ def swapped(model: Any, swaps: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def reordered(model: Any, variables: Any, order: np.ndarray) -> Any:
-    """The variables of the net whose units come in `order` (of `swapped`)."""
+    """The variables of the net whose blocks come in `order` (of `swapped`)."""
     moved = {collection: dict(tree) for collection, tree in variables.items()}
     start = 0
     for i, size in enumerate(model.stage_sizes, 1):

@@ -30,19 +30,19 @@ PATH_SCALE = 2.0**64
 def make_path_gradients(model: nn.Module):
     """A function (variables, batch, chosen) -> norm of the loss's gradient at the images.
 
-    The forward pass is the full net's, in evaluation. Backward, units whose `chosen` is true pass
+    The forward pass is the full net's, in evaluation. Backward, blocks whose `chosen` is true pass
     the gradient through their residual branch alone and the others through their shortcut alone:
     what arrives has gone along one path.
 
     Raises:
-      InputError: not a network of unweighted residual units.
+      InputError: not a network of unweighted residual blocks.
     """
     if not (isinstance(model, ResNet) and is_residual(model)):
         raise InputError(
             f"{type(model).__name__}: only paths of residual networks with unweighted shortcuts can"
             " be told apart"
         )
-    one_path = model.clone(unit=partial(model.unit, merge=one_path_merge))
+    one_path = model.clone(block=partial(model.block, merge=one_path_merge))
     scales = residual_scales(model)
 
     @jax.jit

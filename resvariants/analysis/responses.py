@@ -20,8 +20,8 @@ def by_layer(tree: Any, kind: str) -> jax.Array:
 
     Args:
       tree: such as `params`, but with one number in the place of every array, or, in the stacks
-        called `rest`, one for each unit.
-      kind: "conv" or "norm": the stem's, and those of every unit's branch.
+        called `rest`, one for each block.
+      kind: "conv" or "norm": the stem's, and those of every block's branch.
     """
     layers = []
     if "stem" in tree:
@@ -31,9 +31,9 @@ def by_layer(tree: Any, kind: str) -> jax.Array:
         if f"stage{i}" not in tree:
             break
         stage = tree[f"stage{i}"]
-        for units in (stage["first"], stage.get("rest", {})):
-            names = sorted(name for name in units if re.fullmatch(rf"{kind}\d+", name))
-            leaves = [leaf for name in names for leaf in jax.tree.leaves(units[name])]
+        for blocks in (stage["first"], stage.get("rest", {})):
+            names = sorted(name for name in blocks if re.fullmatch(rf"{kind}\d+", name))
+            leaves = [leaf for name in names for leaf in jax.tree.leaves(blocks[name])]
             if leaves:
                 layers.append(jnp.stack([jnp.ravel(leaf) for leaf in leaves], axis=1).ravel())
     return jnp.concatenate(layers)
@@ -42,7 +42,7 @@ def by_layer(tree: Any, kind: str) -> jax.Array:
 def make_layer_gradients(model: ResNet | VGG):
     """A function (variables, batch, key) -> mean magnitude of each convolution's gradient.
 
-    In training: statistics of the batch, and units dropped at random under stochastic depth. The
+    In training: statistics of the batch, and blocks dropped at random under stochastic depth. The
     convolutions are those of `by_layer`.
     """
 

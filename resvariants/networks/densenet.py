@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError
+from resvariants.networks.blocks import norm_and_train
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.layers import (
     check_dropout_rate,
@@ -26,40 +27,56 @@ from resvariants.networks.resnet import ImageNetStem
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-conv3x3(k), with a bottleneck BN-ReLU-conv1x1(4k)-BN-ReLU-conv3x3(k).
+    """BN-ReLU-conv3x3(k), with a bottleneck BN-ReLU-conv1x1(4k)-BN-ReLU-conv3x3(k) (section 3).
+
+    `DenseLayer(12)(x, train=True)`: (n, 32, 32, 16) -> (n, 32, 32, 12), which a dense block puts
+    beside x.
 
     Attributes:
       growth_rate: k, the channels that a layer adds.
-      bottleneck: the 1x1 convolution's width in multiples of k; 0 is none.
-      dropout: a factory of dropout modules, for after every convolution.
+      bottleneck: the 1x1 convolution's width in multiples of k (DenseNet-B: 4); 0 is none.
+      dropout_rate: of dropout after every convolution.
+      norm, conv, train: see `blocks.Block`.
       memory_efficient: keep only what convolutions give, and do concatenation, BN and ReLU once
         more in the backward pass (Pleiss et al. 2017).
     """
 
     growth_rate: int
-    bottleneck: int
-    norm: ModuleFactory
-    conv: ModuleFactory
-    dropout: ModuleFactory
+    bottleneck: int = 0
+    dropout_rate: float = 0.0
+    norm: ModuleFactory | None = None
+    conv: ModuleFactory = conv
+    train: bool | None = None
     memory_efficient: bool = False
 
     @nn.compact
-    def __call__(self, features: Sequence[jax.Array]) -> jax.Array:
-        """Feature maps (batch, height, width, any channels) -> (batch, height, width, k)."""
-        if self.bottleneck:
-            features = [self.norm_relu_conv(1, features, self.bottleneck * self.growth_rate, 1)]
-            return self.norm_relu_conv(2, features, self.growth_rate, 3)
-        return self.norm_relu_conv(1, features, self.growth_rate, 3)
+    def __call__(
+        self, features: jax.Array | Sequence[jax.Array], *, train: bool | None = None
+    ) -> jax.Array:
+        """Feature maps (batch, height, width, any channels) -> (batch, height, width, k).
 
-    def norm_relu_conv(self, number, features, channels, kernel_size):
-        """`features` side by side, normalised and convolved by `norm1` and `conv1`, or 2."""
+        Raises:
+          InputError: neither a `norm` nor `train`, or a dropout rate outside [0, 1).
+        """
+        check_dropout_rate(self.dropout_rate)
+        norm, train = norm_and_train(self, train)
+        apply = partial(self._norm_relu_conv, norm, train)
+        features = [features] if isinstance(features, jax.Array) else list(features)
+        if self.bottleneck:
+            features = [apply(1, features, self.bottleneck * self.growth_rate, 1)]
+            return apply(2, features, self.growth_rate, 3)
+        return apply(1, features, self.growth_rate, 3)
+
+    def _norm_relu_conv(self, norm, train, number, features, channels, kernel_size):
+        # `features` side by side, normalised and convolved by `norm1` and `conv1`, or 2.
+        dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
         factories = {
-            f"norm{number}": self.norm,
+            f"norm{number}": norm,
             f"conv{number}": partial(self.conv, channels, kernel_size),
         }
         if not self.memory_efficient or self.is_initializing():
             norm, conv = (factory(name=name) for name, factory in factories.items())
-            return self.dropout()(conv(nn.relu(norm(jnp.concatenate(features, axis=-1)))))
+            return dropout(conv(nn.relu(norm(jnp.concatenate(features, axis=-1)))))
 
         norm, conv = (factory(parent=None) for factory in factories.values())
         norm_variables, conv_variables = (
@@ -76,38 +93,87 @@ class DenseLayer(nn.Module):
         x, updates = recomputed(apply, norm_variables, conv_variables, *features)
         for kind, tree in updates.items():
             self.put_variable(kind, f"norm{number}", tree)
-        return self.dropout()(x)
+        return dropout(x)
 
 
 class DenseBlock(nn.Module):
-    """`num_layers` layers, each on top of all before it; `layer` is a factory of `DenseLayer`s."""
+    """`num_layers` dense layers, each on top of all before it (section 3, fig. 1).
+
+    `DenseBlock(12, growth_rate=12)(x, train=True)`: (n, 32, 32, 16) -> (n, 32, 32, 160). Attributes
+    are those of `DenseLayer`.
+    """
 
     num_layers: int
-    layer: ModuleFactory
+    growth_rate: int
+    bottleneck: int = 0
+    dropout_rate: float = 0.0
+    norm: ModuleFactory | None = None
+    conv: ModuleFactory = conv
+    train: bool | None = None
+    memory_efficient: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, k0) -> (batch, height, width, k0 + num_layers k)."""
+    def __call__(self, x: jax.Array, *, train: bool | None = None) -> jax.Array:
+        """(batch, height, width, k0) -> (batch, height, width, k0 + num_layers k).
+
+        Raises:
+          InputError: neither a `norm` nor `train`, or a dropout rate outside [0, 1).
+        """
+        norm, train = norm_and_train(self, train)
         features = [x]
         for i in range(1, self.num_layers + 1):
-            features.append(self.layer(name=f"layer{i}")(features))
+            layer = DenseLayer(
+                self.growth_rate,
+                self.bottleneck,
+                self.dropout_rate,
+                norm,
+                self.conv,
+                train,
+                self.memory_efficient,
+                name=f"layer{i}",
+            )
+            features.append(layer(features))
         return jnp.concatenate(features, axis=-1)
 
 
-class Transition(nn.Module):
-    """BN-ReLU-conv1x1 to `features` channels, and 2x2 average pooling."""
+class TransitionLayer(nn.Module):
+    """BN-ReLU-conv1x1 to a share of the channels, and 2x2 average pooling (section 3).
 
-    features: int
-    norm: ModuleFactory
-    conv: ModuleFactory
-    dropout: ModuleFactory
+    `TransitionLayer(0.5)(x, train=True)`: (n, 32, 32, 160) -> (n, 16, 16, 80).
+
+    Attributes:
+      compression: theta, the share of channels that stay (DenseNet-C: 0.5), rounded down.
+      dropout_rate: of dropout after the convolution.
+      norm, conv, train: see `blocks.Block`.
+    """
+
+    compression: float = 1.0
+    dropout_rate: float = 0.0
+    norm: ModuleFactory | None = None
+    conv: ModuleFactory = conv
+    train: bool | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, channels) -> (batch, height // 2, width // 2, features)."""
-        x = nn.relu(self.norm(name="norm")(x))
-        x = self.dropout()(self.conv(self.features, 1, name="conv")(x))
+    def __call__(self, x: jax.Array, *, train: bool | None = None) -> jax.Array:
+        """(batch, height, width, channels) -> (batch, height // 2, width // 2, theta channels).
+
+        Raises:
+          InputError: neither a `norm` nor `train`, compression outside (0, 1], or a dropout rate
+            outside [0, 1).
+        """
+        check_compression(self.compression)
+        check_dropout_rate(self.dropout_rate)
+        norm, train = norm_and_train(self, train)
+        features = int(self.compression * x.shape[-1])
+        x = self.conv(features, 1, name="conv")(nn.relu(norm(name="norm")(x)))
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def check_compression(compression: float) -> None:
+    """Raises InputError if `compression` is outside (0, 1]."""
+    if not 0 < compression <= 1:
+        raise InputError(f"compression {compression} is outside (0, 1]: 1 keeps all")
 
 
 class DenseNet(nn.Module):
@@ -160,36 +226,32 @@ class DenseNet(nn.Module):
         """
         if self.growth_rate < 1:
             raise InputError(f"growth rate {self.growth_rate}: a layer adds at least 1 channel")
-        if not 0 < self.compression <= 1:
-            raise InputError(f"compression {self.compression} is outside (0, 1]: 1 keeps all")
+        check_compression(self.compression)
         check_dropout_rate(self.dropout_rate)
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(
             train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
         )
-        dropout = partial(nn.Dropout, self.dropout_rate, deterministic=not train)
-
+        parts: dict[str, Any] = {"norm": make_norm, "conv": make_conv, "train": train}
+        parts["dropout_rate"] = self.dropout_rate
         if self.stem is None:
             x = make_conv(self.stem_features, 3, name="stem")(images)
         else:
             x = self.stem(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
         check_size("maps behind the stem", x, 2 ** (len(self.block_sizes) - 1))
-        layer = partial(
-            DenseLayer,
-            self.growth_rate,
-            self.bottleneck,
-            make_norm,
-            make_conv,
-            dropout,
-            self.memory_efficient,
+        block: ModuleFactory = partial(
+            DenseBlock,
+            growth_rate=self.growth_rate,
+            bottleneck=self.bottleneck,
+            memory_efficient=self.memory_efficient,
+            **parts,
         )
         for b, size in enumerate(self.block_sizes, 1):
             if b > 1:
-                kept = int(self.compression * x.shape[-1])
-                x = Transition(kept, make_norm, make_conv, dropout, name=f"transition{b - 1}")(x)
+                x = TransitionLayer(self.compression, name=f"transition{b - 1}", **parts)(x)
                 outputs[f"transition{b - 1}"] = x
-            x = outputs[f"block{b}"] = DenseBlock(size, layer, name=f"block{b}")(x)
+            x = outputs[f"block{b}"] = block(size, name=f"block{b}")(x)
         x = outputs["final_norm"] = nn.relu(make_norm(name="final_norm")(x))
         outputs |= pool_and_classify(x, self.num_classes)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]

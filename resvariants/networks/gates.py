@@ -1,7 +1,7 @@
-"""What does a gate do to a unit, and which gates does stochastic depth draw?
+"""What does a gate do to a block, and which gates does stochastic depth draw?
 
-A network with L residual units takes one gate vector of shape (L,): boolean gates really skip
-units, float gates scale residual branches, None leaves everything on. Stochastic depth, lesions,
+A network with L residual blocks takes one gate vector of shape (L,): boolean gates really skip
+blocks, float gates scale residual branches, None leaves everything on. Stochastic depth, lesions,
 path counts and effective-path training are all choices of this vector.
 """
 
@@ -17,14 +17,14 @@ from jax import lax
 from resvariants.errors import InputError, choose
 
 
-def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
-    """The output of `unit` for input `x` under its scalar `gate`, from one of two functions.
+def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
+    """The output of `block` for input `x` under its scalar `gate`, from one of two functions.
 
-    - None: `on(unit, None, x)`.
-    - float: `on(unit, gate, x)`, which scales the branch; 0 and 1 give what the booleans give, at
+    - None: `on(block, None, x)`.
+    - float: `on(block, gate, x)`, which scales the branch; 0 and 1 give what the booleans give, at
       full cost.
-    - boolean: a conditional between `on(unit, None, x)` and `off(unit, x)`, or just one of them if
-      the value is Python's own. Where false, the work is saved and the branch's BatchNorm
+    - boolean: a conditional between `on(block, None, x)` and `off(block, x)`, or just one of them
+      if the value is Python's own. Where false, the work is saved and the branch's BatchNorm
       statistics stay put. All devices must see the same value, or collectives inside the branch
       never meet.
 
@@ -34,39 +34,39 @@ def apply_gate(unit: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = Fa
     if remat:
         on, off = nn.remat(on), nn.remat(off)
     if gate is False:
-        return off(unit, x)
-    if gate is None or gate is True or unit.is_initializing():
-        return on(unit, None, x)
+        return off(block, x)
+    if gate is None or gate is True or block.is_initializing():
+        return on(block, None, x)
     if jnp.result_type(gate) == jnp.bool_:
-        return nn.cond(gate, lambda unit, x: on(unit, None, x), off, unit, x)
-    return on(unit, jnp.asarray(gate, x.dtype), x)
+        return nn.cond(gate, lambda block, x: on(block, None, x), off, block, x)
+    return on(block, jnp.asarray(gate, x.dtype), x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_kept(unit, gates, x, stats, params, rngs):
-    """Those units of a stack whose boolean gate is true, one after another, in a loop for CPUs.
+def run_kept(block, gates, x, stats, params, rngs):
+    """Those blocks of a stack whose boolean gate is true, one after another, in a loop for CPUs.
 
-    For units that give their input back when skipped. They are not even looped over; and what runs
+    For blocks that give their input back when skipped. They are not even looped over; and what runs
     runs on all cores, as XLA's CPU backend has it in loops, but not in conditionals. The backward
-    pass keeps the kept units' inputs, and computes the rest again.
+    pass keeps the kept blocks' inputs, and computes the rest again.
 
     Args:
-      unit: `(x, stats, params, rngs) -> (y, stats)`, of one unit, with y like x.
+      block: `(x, stats, params, rngs) -> (y, stats)`, of one block, with y like x.
       stats, params, rngs: trees stacked along the first axis, as long as `gates`.
 
     Returns:
-      The last unit's output, and the stack of statistics, unchanged where skipped.
+      The last block's output, and the stack of statistics, unchanged where skipped.
     """
-    return _run_kept_forward(unit, gates, x, stats, params, rngs)[0]
+    return _run_kept_forward(block, gates, x, stats, params, rngs)[0]
 
 
-def _run_kept_forward(unit, gates, x, stats, params, rngs):
+def _run_kept_forward(block, gates, x, stats, params, rngs):
     order = jnp.argsort(~gates)  # the kept ones first, both parts in their order
 
     def turn(t, carry):
         x, inputs, after = carry
         i = order[t]
-        y, updated = unit(x, *(_take(stack, i) for stack in (stats, params, rngs)))
+        y, updated = block(x, *(_take(stack, i) for stack in (stats, params, rngs)))
         return y, _put(inputs, t, x), _put(after, i, updated)
 
     inputs = jnp.broadcast_to(jnp.zeros_like(x), (len(gates), *x.shape))
@@ -74,14 +74,14 @@ def _run_kept_forward(unit, gates, x, stats, params, rngs):
     return (y, after), (order, gates.sum(), inputs, stats, params, rngs)
 
 
-def _run_kept_backward(unit, saved, gradients):
+def _run_kept_backward(block, saved, gradients):
     order, kept, inputs, stats, params, rngs = saved
 
     def turn(t, carry):
         grad, grad_stats, grad_params = carry
         at = kept - 1 - t
         i = order[at]
-        run = partial(unit, rngs=_take(rngs, i))
+        run = partial(block, rngs=_take(rngs, i))
         backward = jax.vjp(run, _take(inputs, at), _take(stats, i), _take(params, i))[1]
         grad, *grads = backward((grad, _take(grad_stats, i)))
         return grad, _put(grad_stats, i, grads[0]), _put(grad_params, i, grads[1])
@@ -102,17 +102,17 @@ def _put(stack, i, tree):
     return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=i, axis=0), stack, tree)
 
 
-def check_gates(gates, num_units: int) -> jax.Array:
+def check_gates(gates, num_blocks: int) -> jax.Array:
     """`gates` as an array.
 
     Raises:
-      InputError: their shape is not (num_units,).
+      InputError: their shape is not (num_blocks,).
     """
     gates = jnp.asarray(gates)
-    if gates.shape != (num_units,):
+    if gates.shape != (num_blocks,):
         raise InputError(
-            f"gates of shape {gates.shape}: this network has {num_units} units and takes shape"
-            f" ({num_units},)"
+            f"gates of shape {gates.shape}: this network has {num_blocks} blocks and takes shape"
+            f" ({num_blocks},)"
         )
     return gates
 
@@ -125,28 +125,28 @@ def gates_by_stage(gates: jax.Array | None, stage_sizes: Sequence[int]) -> list:
     return [gates[end - size : end] for size, end in zip(stage_sizes, ends, strict=True)]
 
 
-def linear_decay(num_units: int, final: float = 0.5) -> jax.Array:
+def linear_decay(num_blocks: int, final: float = 0.5) -> jax.Array:
     """Survival probabilities p_l = 1 - (l/L)(1 - p_L), l = 1..L (Huang et al. 2016, eq. 4)."""
-    return 1 - jnp.arange(1, num_units + 1) / num_units * (1 - final)
+    return 1 - jnp.arange(1, num_blocks + 1) / num_blocks * (1 - final)
 
 
-def uniform(num_units: int, final: float = 0.5) -> jax.Array:
-    """Survival probabilities p_l = p_L for every unit."""
-    return jnp.full((num_units,), final)
+def uniform(num_blocks: int, final: float = 0.5) -> jax.Array:
+    """Survival probabilities p_l = p_L for every block."""
+    return jnp.full((num_blocks,), final)
 
 
 SURVIVAL_SCHEDULES = {"linear": linear_decay, "uniform": uniform}
 SURVIVAL_DRAWS = ("batch", "exact", "example")
 
 
-def survival_probabilities(schedule: str, num_units: int, final: float) -> jax.Array:
-    """Shape (num_units,), float32: the named schedule ending at `final`, which is in (0, 1].
+def survival_probabilities(schedule: str, num_blocks: int, final: float) -> jax.Array:
+    """Shape (num_blocks,), float32: the named schedule ending at `final`, which is in (0, 1].
 
     Raises:
       InputError: unknown schedule, or `final` outside (0, 1].
     """
     check_survival(final)
-    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_units, final)
+    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_blocks, final)
 
 
 def check_survival(probability: float) -> None:
@@ -154,32 +154,32 @@ def check_survival(probability: float) -> None:
     if not 0 < probability <= 1:
         raise InputError(
             f"survival probability {probability} is outside (0, 1]: it is the chance that the last"
-            " unit is kept (0.5 in the paper, 1 for constant depth)"
+            " block is kept (0.5 in the paper, 1 for constant depth)"
         )
 
 
 def draw_for_examples(key: jax.Array, survival: jax.Array, batch: int) -> jax.Array:
-    """Float gates that drop units for each example by itself and rescale what stays by 1 / p.
+    """Float gates that drop blocks for each example by itself and rescale what stays by 1 / p.
 
     Not what Huang et al. 2016 do (one draw for a batch, and residuals scaled in evaluation), but
     what many libraries mean by stochastic depth, also called drop path.
 
     Args:
-      survival: probabilities, shape (num_units,).
+      survival: probabilities, shape (num_blocks,).
 
     Returns:
-      0 or 1 / p, shape (num_units, batch, 1, 1, 1).
+      0 or 1 / p, shape (num_blocks, batch, 1, 1, 1).
     """
     survival = survival.reshape(-1, 1, 1, 1, 1)
     return jax.random.bernoulli(key, survival, (len(survival), batch, 1, 1, 1)) / survival
 
 
-def draw_exactly(key: jax.Array, num_units: int, kept: int) -> jax.Array:
-    """Boolean gates (num_units,), of which `kept` are true in every draw.
+def draw_exactly(key: jax.Array, num_blocks: int, kept: int) -> jax.Array:
+    """Boolean gates (num_blocks,), of which `kept` are true in every draw.
 
-    Veit et al. 2016 train only on short paths so: exactly 23 of 54 units for each batch.
+    Veit et al. 2016 train only on short paths so: exactly 23 of 54 blocks for each batch.
     """
-    return jax.random.permutation(key, jnp.arange(num_units) < kept)
+    return jax.random.permutation(key, jnp.arange(num_blocks) < kept)
 
 
 class StochasticDepth(nn.Module):

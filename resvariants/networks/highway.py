@@ -8,8 +8,8 @@ import jax
 from flax import linen as nn
 
 from resvariants.errors import InputError
-from resvariants.networks.blocks import Unit, highway_layer
-from resvariants.networks.convolution import conv
+from resvariants.networks.blocks import HighwayBlock, PlainBlock
+from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.gates import check_gates, gates_by_stage
 from resvariants.networks.layers import (
     check_dropout_rate,
@@ -19,7 +19,7 @@ from resvariants.networks.layers import (
     halving_max_pool,
 )
 from resvariants.networks.normalisation import no_norm
-from resvariants.networks.parts import plain_merge, single_branch
+from resvariants.networks.parts import single_branch
 from resvariants.networks.stage import Stage
 
 xavier = nn.initializers.glorot_uniform()
@@ -64,7 +64,7 @@ class HighwayNet(nn.Module):
     axis_name: str | None = None
 
     @property
-    def num_units(self) -> int:
+    def num_blocks(self) -> int:
         """Highway layers, the length of the gate vector."""
         return sum(self.stage_sizes)
 
@@ -82,7 +82,7 @@ class HighwayNet(nn.Module):
         Args:
           images: (batch, height, width, channels), floating point, normalised.
           train: drop.
-          gates: (num_units,), boolean or float, each multiplying a layer's transform gate.
+          gates: (num_blocks,), boolean or float, each multiplying a layer's transform gate.
           return_features: return a dict `transition1`, `stage1`, ..., `pooled`, `logits` instead.
 
         Returns:
@@ -103,7 +103,7 @@ class HighwayNet(nn.Module):
         for rate in rates:
             check_dropout_rate(rate)
         if gates is not None:
-            gates = check_gates(gates, self.num_units)
+            gates = check_gates(gates, self.num_blocks)
         lost = 0 if self.fully_connected else self.first_kernel - 1 - 2 * self.first_padding
         check_size("images", images, lost + 2 ** sum(window > 0 for window in windows))
         layer = partial(
@@ -112,9 +112,9 @@ class HighwayNet(nn.Module):
             kernel_init=xavier,
             dtype=self.dtype,
         )
-        unit = partial(highway_layer, transform_bias=self.transform_bias, conv=layer)
+        block: ModuleFactory = partial(HighwayBlock, transform_bias=self.transform_bias, conv=layer)
         if self.plain:
-            unit = partial(Unit, branch=single_branch, merge=plain_merge, conv=layer, norm=no_norm)
+            block = partial(PlainBlock, branch=single_branch, conv=layer, norm=no_norm)
         x, outputs = images, {}
         if self.fully_connected:
             x = flatten(x)[:, None, None]
@@ -128,7 +128,7 @@ class HighwayNet(nn.Module):
                 outputs[name] = x
                 kernel, padding = 3, 1
             name = f"stage{i + 1}"
-            stage = Stage(unit, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
+            stage = Stage(block, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
             x = stage(x, by_stage[i])
             if windows[i]:
                 x = halving_max_pool(x, windows[i])

@@ -65,7 +65,7 @@ def _affine(x, mean, factor, bias):
 class BatchNorm(nn.Module):
     """`nn.BatchNorm` over (batch, height, width), with a backward pass that keeps only its input.
 
-    Autodiff keeps the centred input, its square and more for every layer, which a scan over units
+    Autodiff keeps the centred input, its square and more for every layer, which a scan over blocks
     has to write to memory and read again. Same variables and results as `nn.BatchNorm`;
     reverse-mode differentiation only.
 

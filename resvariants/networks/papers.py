@@ -24,7 +24,7 @@ _HIGHWAY = "Srivastava et al. 2015, mean of five runs"
 
 _CONVENTION = "public code, no paper"
 
-# (data set, model, survival probability of the last unit) -> test error. CIFAR with augmentation.
+# (data set, model, survival probability of the last block) -> test error. CIFAR with augmentation.
 TEST_ERRORS = {
     ("cifar10", "resnet20", 1.0): Reported(8.75, _HE2015),
     ("cifar10", "resnet32", 1.0): Reported(7.51, _HE2015),

@@ -51,10 +51,10 @@ def aggregated_branch(
     base_width: int,
     form: str = "c",
 ) -> jax.Array:
-    """A branch for `blocks.Unit`: `cardinality` paths, `base_width` channels each at 256 features.
+    """`blocks.ResNeXtBlock`'s: `cardinality` paths, `base_width` channels each at 256 features.
 
-    Paths are as much wider as the unit is: floor(features / 256 * base_width) channels. The 3x3 has
-    the stride.
+    Paths are as much wider as the block is: floor(features / 256 * base_width) channels. The 3x3
+    has the stride.
 
     Raises:
       InputError: unknown form, or no whole channel in a path.
@@ -82,7 +82,7 @@ def aggregated_branch(
 
 
 class Placement(NamedTuple):
-    """Where a unit's activations stand, each made of the words "norm" and "relu" in their order.
+    """Where a block's activations stand, each made of the words "norm" and "relu" in their order.
 
     Between convolutions they are BN-ReLU always; the number of convolutions and of normalisations
     is the same in all placements.
@@ -105,23 +105,23 @@ PLACEMENTS = {
 
 
 def residual_merge(shortcut, residual, gate, activate):
-    """activate(S + g F); a skipped unit (no residual) gives activate(S)."""
+    """activate(S + g F); a skipped block (no residual) gives activate(S)."""
     if residual is None:
         return activate(shortcut)
     return activate(shortcut + (residual if gate is None else gate * residual))
 
 
 def plain_merge(shortcut, residual, gate, activate):
-    """activate(F), the unit of a plain net; under a gate, g activate(F) + (1 - g) S."""
+    """activate(F), the block of a plain net; under a gate, g activate(F) + (1 - g) S."""
     if residual is None:
         return shortcut
     y = activate(residual)
     return y if gate is None else gate * y + (1 - gate) * shortcut
 
 
-# Weights of shortcut and residual are functions called inside a unit:
-# (x, features, strides, conv, gate, train) -> (a, b), and the unit merges a S with b F. They see
-# the gate (None for 1) because an exclusively gated unit that is skipped has all of its shortcut.
+# Weights of shortcut and residual are functions called inside a block:
+# (x, features, strides, conv, gate, train) -> (a, b), and the block merges a S with b F. They see
+# the gate (None for 1) because an exclusively gated block that is skipped has all of its shortcut.
 def constant_scaling(x, features, strides, conv, gate, train, *, shortcut=0.5, residual=0.5):
     """Both scaled by constants (He et al. 2016, 3.1); `residual` 1 scales the shortcut alone."""
     return shortcut, residual
@@ -129,7 +129,7 @@ def constant_scaling(x, features, strides, conv, gate, train, *, shortcut=0.5, r
 
 def _gate_of_input(x, features, strides, conv, bias, kernel_size=1):
     # The paper leaves open how gates look where the shape changes: here a convolution with the
-    # unit's stride and output channels, which weighs the option-A shortcut.
+    # block's stride and output channels, which weighs the option-A shortcut.
     initial = nn.initializers.constant(bias)
     gate = conv(features, kernel_size, strides, use_bias=True, bias_init=initial, name="gate")
     return nn.sigmoid(gate(x))

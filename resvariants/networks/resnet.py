@@ -1,8 +1,8 @@
-"""How does a list of stages of units become a network?
+"""How does a list of stages of blocks become a network?
 
 The parameter tree is public: `stem`, `stage1/first`, `stage1/rest`, `stage2/first`, ..., `head`.
-`rest` holds the stage's units after the first, every leaf stacked along a leading axis, so that
-deleting or permuting units is indexing. How the stack is executed (`remat`, `unroll`, gates) never
+`rest` holds the stage's blocks after the first, every leaf stacked along a leading axis, so that
+deleting or permuting blocks is indexing. How the stack is executed (`remat`, `unroll`, gates) never
 changes the tree.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError, check_choice, choose
-from resvariants.networks.blocks import BasicUnit, Unit
+from resvariants.networks.blocks import BasicBlock, BottleneckBlock
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.gates import (
     SURVIVAL_DRAWS,
@@ -30,10 +30,7 @@ from resvariants.networks.normalisation import batch_norm
 from resvariants.networks.parts import (
     PLACEMENTS,
     WEIGHTS,
-    basic_branch,
-    bottleneck_branch,
     plain_merge,
-    residual_merge,
     single_branch,
 )
 from resvariants.networks.shortcuts import SHORTCUTS
@@ -43,7 +40,7 @@ from resvariants.networks.stage import Stage
 class Stem(nn.Module):
     """Convolution-BN-ReLU before the first stage, and for ImageNet a 3x3 max pool of stride 2.
 
-    Without `activation`, it is left to the first unit.
+    Without `activation`, it is left to the first block.
     """
 
     features: int
@@ -67,49 +64,50 @@ ImageNetStem = partial(Stem, kernel_size=7, strides=2, pool=True)
 
 
 class ResNet(nn.Module):
-    """A stem, stages of residual (or plain) units, global average pooling and a linear classifier.
+    """A stem, stages of residual (or plain) blocks, global average pooling and a linear classifier.
 
     Collections `params` and `batch_stats`; rng stream `stochastic_depth` if `survival_probability`
-    is below 1, and `dropout` if the units have any.
+    is below 1, and `dropout` if the blocks have any.
 
     Attributes:
-      stage_sizes: units in each stage.
+      stage_sizes: blocks in each stage.
       features: output channels of each stage; every stage but the first halves the map.
       num_classes: length of the logits; 0 gives pooled features instead.
-      unit: a unit factory, such as `BasicUnit` or a `partial` of `Unit`.
-      final_activation: of units that pre-activate: what stands after the last addition, "norm relu"
-        or "relu". The first unit then shares the stem's activation (He et al. 2016, appendix).
+      block: a block factory, such as `BasicBlock` or a `partial` of `Block`.
+      final_activation: of blocks that pre-activate: what stands after the last addition, "norm
+        relu" or "relu". The first block then shares the stem's activation (He et al. 2016,
+        appendix).
       stem: a factory `(features, conv, norm)`; None is `Stem`. (Were that the default itself, NNX's
         bridge would take it for the submodule of the same name.)
       stem_features: channels of the stem.
       survival_probability, survival_schedule: stochastic depth (Huang et al. 2016): p_L of the last
-        unit, "linear" or "uniform". Without explicit gates, units are dropped at random while
+        block, "linear" or "uniform". Without explicit gates, blocks are dropped at random while
         training and residuals scaled by their probability in evaluation.
       survival_draw: "batch": one draw for all examples, as in the paper; "exact": one that keeps
-        the same number of units always (`gates.draw_exactly`; uniform schedule only); "example":
+        the same number of blocks always (`gates.draw_exactly`; uniform schedule only); "example":
         another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
-      remat: "none"; "block": keep only the units' inputs for the backward pass and recompute the
-        rest; "sqrt": keep only the inputs of groups of units (Chen et al. 2016), all in all about
-        4 sqrt(n) arrays for a stage of n units, and recompute each unit once, as "block" does.
-        "auto" is "block" on CPUs in stages of `LONG_STAGE` units or more, otherwise "none".
-      unroll: units per iteration of the compiled loop, True for all; compile time grows with it.
-        None is one, but for stages of three units, where the loop costs more than it saves.
+      remat: "none"; "block": keep only the blocks' inputs for the backward pass and recompute the
+        rest; "sqrt": keep only the inputs of groups of blocks (Chen et al. 2016), all in all about
+        4 sqrt(n) arrays for a stage of n blocks, and recompute each block once, as "block" does.
+        "auto" is "block" on CPUs in stages of `LONG_STAGE` blocks or more, otherwise "none".
+      unroll: blocks per iteration of the compiled loop, True for all; compile time grows with it.
+        None is one, but for stages of three blocks, where the loop costs more than it saves.
       output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
         as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
-        every other row and column what the strides would have (units must know `dilation` and
-        `dilate`, as `Unit` does). None: as built.
+        every other row and column what the strides would have (blocks must know `dilation` and
+        `dilate`, as `Block` does). None: as built.
       frozen_norm: BatchNorm uses its running statistics in training, too, which do not move, and
         its scales and biases get no gradient.
       dtype: of the computation, e.g. bfloat16; parameters, statistics and logits stay float32.
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
-      shares_stem_activation: false: also the first unit pre-activates for itself, as it must behind
-        a stem without activation.
+      shares_stem_activation: false: also the first block pre-activates for itself, as it must
+        behind a stem without activation.
     """
 
     stage_sizes: Sequence[int]
     features: Sequence[int]
     num_classes: int
-    unit: ModuleFactory = BasicUnit
+    block: ModuleFactory = BasicBlock
     final_activation: str = ""
     stem: ModuleFactory | None = None
     stem_features: int = 16
@@ -125,7 +123,7 @@ class ResNet(nn.Module):
     shares_stem_activation: bool = True
 
     @property
-    def num_units(self) -> int:
+    def num_blocks(self) -> int:
         """L, the length of the gate vector."""
         return sum(self.stage_sizes)
 
@@ -143,7 +141,7 @@ class ResNet(nn.Module):
         Args:
           images: (batch, height, width, channels), floating point, normalised.
           train: use and update batch statistics.
-          gates: (num_units,), boolean (really skip) or float (scale); overrides stochastic depth.
+          gates: (num_blocks,), boolean (really skip) or float (scale); overrides stochastic depth.
           return_features: return a dict `stem`, `stage1`, ..., `pooled`, `logits` instead, with
             `final_norm` before `pooled` where there is a final activation.
 
@@ -156,12 +154,12 @@ class ResNet(nn.Module):
         if gates is None:
             gates = self._stochastic_depth_gates(train, len(images))
         else:
-            gates = check_gates(gates, self.num_units)
+            gates = check_gates(gates, self.num_blocks)
         make_conv = partial(conv, dtype=self.dtype)
         make_norm = batch_norm(
             train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
         )
-        unit = partial(self.unit, conv=make_conv, norm=make_norm, train=train)
+        block = partial(self.block, conv=make_conv, norm=make_norm, train=train)
 
         x = (self.stem or Stem)(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}
@@ -174,7 +172,7 @@ class ResNet(nn.Module):
         )
         for i, (size, features, (strides, dilation), stage_gates) in enumerate(stages):
             stage = Stage(
-                unit,
+                block,
                 size,
                 features,
                 strides=strides,
@@ -212,23 +210,23 @@ class ResNet(nn.Module):
         return geometry
 
     def residual_scales(self) -> jax.Array | None:
-        """What evaluation multiplies each unit's residual with, (num_units,); None is 1 for all."""
+        """What evaluation multiplies each block's residual with, (num_blocks,); None is 1."""
         check_choice("survival_draw", self.survival_draw, SURVIVAL_DRAWS)
         survival = survival_probabilities(
-            self.survival_schedule, self.num_units, self.survival_probability
+            self.survival_schedule, self.num_blocks, self.survival_probability
         )
         if self.survival_draw == "exact":
-            survival = jnp.full_like(survival, self._kept() / self.num_units)
+            survival = jnp.full_like(survival, self._kept() / self.num_blocks)
         constant = self.survival_probability == 1 or self.survival_draw == "example"
         return None if constant else survival
 
     def _kept(self):
-        kept = round(self.survival_probability * self.num_units)
+        kept = round(self.survival_probability * self.num_blocks)
         if self.survival_schedule != "uniform" or kept == 0:
             raise InputError(
-                "survival_draw 'exact' keeps the same number of units always, all alike: it needs"
+                "survival_draw 'exact' keeps the same number of blocks always, all alike: it needs"
                 " survival_schedule 'uniform', and a survival probability that keeps one at least"
-                f" of {self.num_units}"
+                f" of {self.num_blocks}"
             )
         return kept
 
@@ -239,16 +237,16 @@ class ResNet(nn.Module):
         if not train:
             return scales
         if self.survival_draw == "exact":
-            return draw_exactly(self.make_rng("stochastic_depth"), self.num_units, self._kept())
+            return draw_exactly(self.make_rng("stochastic_depth"), self.num_blocks, self._kept())
         survival = survival_probabilities(
-            self.survival_schedule, self.num_units, self.survival_probability
+            self.survival_schedule, self.num_blocks, self.survival_probability
         )
         if self.survival_draw == "example":
             return draw_for_examples(self.make_rng("dropout"), survival, batch)
         return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)
 
 
-# He et al. 2015, table 1: units per stage of ImageNet nets, by depth.
+# He et al. 2015, table 1: blocks per stage of ImageNet nets, by depth.
 BASIC_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 BOTTLENECK_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -267,60 +265,62 @@ def cifar_resnet(
     share_preactivation: bool | None = None,
     **options,
 ) -> ResNet:
-    """A network for 32x32 images, three stages of n units (He et al. 2015, 4.2; 2016, appendix).
+    """A network for 32x32 images, three stages of n blocks (He et al. 2015, 4.2; 2016, appendix).
 
     Args:
-      depth: weighted layers: 6n+2 with basic units, 9n+2 with bottlenecks.
-      one_layer_skip: 2n units of one convolution a stage instead of n units of two.
+      depth: weighted layers: 6n+2 with basic blocks, 9n+2 with bottlenecks.
+      one_layer_skip: 2n blocks of one convolution a stage instead of n blocks of two.
       plain: without shortcuts.
-      placement, weights: keys of `blocks.PLACEMENTS` and `blocks.WEIGHTS`.
-      share_preactivation: whether shortcuts of units that change shape start from the unit's
-        pre-activation. None: projections do, option A starts from the unit's input, as the 2016
+      placement, weights: names of `Block`'s.
+      share_preactivation: whether shortcuts of blocks that change shape start from the block's
+        pre-activation. None: projections do, option A starts from the block's input, as the 2016
         paper's text has it (fb.resnet.torch shares with option A, too).
-      shortcut: a key of `layers.SHORTCUTS`; None is the paper's choice: A for basic units, B for
+      shortcut: a name of `Block`'s; None is the paper's choice: A for basic blocks, B for
         bottlenecks (He et al. 2016).
       options: further attributes of `ResNet`.
 
     Raises:
-      InputError: no whole number of units gives this depth.
+      InputError: no whole number of blocks gives this depth.
     """
-    n = _units_per_stage(depth, 9 if bottleneck else 6)
+    n = blocks_per_stage(depth, 9 if bottleneck else 6)
     widths = (64, 128, 256) if bottleneck else (16, 32, 64)
-    branch = bottleneck_branch if bottleneck else basic_branch
+    kind: ModuleFactory = BottleneckBlock if bottleneck else BasicBlock
     if one_layer_skip:
-        branch, n = single_branch, 2 * n
+        kind, n = partial(BasicBlock, branch=single_branch), 2 * n
     shortcut = shortcut or ("B" if bottleneck else "A")
-    unit = _unit(branch, plain, shortcut, placement, weights, share_preactivation)
-    final = PLACEMENTS[placement].before
-    return ResNet((n, n, n), widths, num_classes, unit, final, **options)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
+    block = partial(
+        kind,
+        **shortcut_or_plain(shortcut, plain),
+        placement=placement,
+        weights=weights,
+        share_preactivation=share_preactivation,
+    )
+    final = choose("placement", placement, PLACEMENTS).before
+    return ResNet((n, n, n), widths, num_classes, block, final, **options)
 
 
-def _units_per_stage(depth, layers):
+def shortcut_or_plain(shortcut: str, plain: bool) -> dict[str, Any]:
+    """A block's attributes with a shortcut, or without. A plain block has no parameters besides its
+    branch: where a gate skips it, option A stands in.
+    """
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    return {"merge": plain_merge, "shortcut": "A"} if plain else {"shortcut": shortcut}
+
+
+def blocks_per_stage(depth: int, layers: int) -> int:
+    """n of a depth of `layers` n + 2. Raises InputError if it is no whole number."""
     n, rest = divmod(depth - 2, layers)
     if rest or n < 1:
         near = max(n, 1)
         options_text = " or ".join(f"{layers * k + 2} (n={k})" for k in (near, near + 1))
         kind = "bottleneck" if layers == 9 else "two-convolution"
         raise InputError(
-            f"depth {depth} is not {layers}n+2, as three stages of n {kind} units have it; the"
+            f"depth {depth} is not {layers}n+2, as three stages of n {kind} blocks have it; the"
             f" nearest depths are {options_text}"
         )
     return n
-
-
-def _unit(branch, plain, shortcut, placement="original", weights=None, share_preactivation=None):
-    if share_preactivation is None:
-        share_preactivation = not shortcut.startswith("A")
-    # A plain unit has no parameters besides its branch: where a gate skips it, option A stands in.
-    return partial(
-        Unit,
-        branch=branch,
-        merge=plain_merge if plain else residual_merge,
-        shortcut=choose("shortcut", "A" if plain else shortcut, SHORTCUTS),
-        placement=choose("placement", placement, PLACEMENTS),
-        weights=None if weights is None else choose("weights", weights, WEIGHTS),
-        share_preactivation=share_preactivation,
-    )
 
 
 def imagenet_resnet(
@@ -337,16 +337,17 @@ def imagenet_resnet(
     """A network for 224x224 images (He et al. 2015, table 1).
 
     Args:
-      stage_sizes: units per stage.
+      stage_sizes: blocks per stage.
       strided_conv: which convolution of a bottleneck has the stride (see `bottleneck_branch`).
-      shortcut: a key of `layers.SHORTCUTS`.
-      placement: a key of `blocks.PLACEMENTS`.
+      shortcut: a name of `Block`'s.
+      placement: a name of `Block`'s.
       options: further attributes of `ResNet`.
     """
-    branch = basic_branch
+    kind: ModuleFactory = BasicBlock
     if bottleneck:
-        branch = partial(bottleneck_branch, strided_conv=strided_conv)
+        kind = partial(BottleneckBlock, strided_conv=strided_conv)
     widths = tuple((256 if bottleneck else 64) * 2**i for i in range(len(stage_sizes)))
-    unit = _unit(branch, plain, shortcut, placement)
+    block = partial(kind, **shortcut_or_plain(shortcut, plain), placement=placement)
+    final = choose("placement", placement, PLACEMENTS).before
     options = {"stem": ImageNetStem, "stem_features": 64, **options}
-    return ResNet(stage_sizes, widths, num_classes, unit, PLACEMENTS[placement].before, **options)
+    return ResNet(stage_sizes, widths, num_classes, block, final, **options)

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resvariants.errors import InputError, check_choice
-from resvariants.networks.parts import FORMS, PLACEMENTS, aggregated_branch
-from resvariants.networks.resnet import ResNet, _unit
+from resvariants.errors import InputError, check_choice, choose
+from resvariants.networks.blocks import ResNeXtBlock
+from resvariants.networks.parts import FORMS, PLACEMENTS
+from resvariants.networks.resnet import ResNet
+from resvariants.networks.shortcuts import SHORTCUTS
 
 
 def resnext(
@@ -26,7 +28,7 @@ def resnext(
     """Stages of aggregated bottlenecks 256, 512, ... wide (Xie et al. 2016, table 1, section 5.3).
 
     Args:
-      stage_sizes: units per stage; three stages for CIFAR, four for ImageNet.
+      stage_sizes: blocks per stage; three stages for CIFAR, four for ImageNet.
       cardinality, base_width: C and d: paths, and each one's inner channels in the first stage.
       form: "a", "b" or "c" (see `resvariants.resnext`).
       options: further attributes of `ResNet`, such as `stem=ImageNetStem`.
@@ -35,11 +37,19 @@ def resnext(
       InputError: unknown form, shortcut or placement.
     """
     check_choice("ResNeXt form", form, FORMS)
-    branch = partial(aggregated_branch, cardinality=cardinality, base_width=base_width, form=form)
-    unit = _unit(branch, False, shortcut, placement)
+    block = partial(
+        ResNeXtBlock,
+        cardinality=cardinality,
+        base_width=base_width,
+        form=form,
+        shortcut=shortcut,
+        placement=placement,
+    )
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    final = choose("placement", placement, PLACEMENTS).before
     widths = tuple(256 * 2**i for i in range(len(stage_sizes)))
     options = {"stem_features": 64, **options}
-    return ResNet(stage_sizes, widths, num_classes, unit, PLACEMENTS[placement].before, **options)
+    return ResNet(stage_sizes, widths, num_classes, block, final, **options)
 
 
 # What is dealt out to the paths, by form: layers, and the axis of their arrays' channels.
@@ -51,9 +61,9 @@ _DEALT = {"a": {**_OUTPUTS, "conv3": -2}, "b": _OUTPUTS}
 def convert_form(
     variables: Mapping[str, Any], source: str, target: str, cardinality: int
 ) -> dict[str, Any]:
-    """Variables (or one collection) of a network or unit of form `source`, as `target` has them.
+    """Variables (or one collection) of a network or block of form `source`, as `target` has them.
 
-    Both compute the same function. Everything but the units' branches stays as it is.
+    Both compute the same function. Everything but the blocks' branches stays as it is.
 
     Raises:
       InputError: unknown form, or a cardinality that does not divide the inner width.
@@ -63,7 +73,7 @@ def convert_form(
     return _split(_join(variables, source, cardinality), target, cardinality)
 
 
-def _is_unit(node):
+def _is_block(node):
     return any(name in node for name in ("conv2", "conv2_1", "norm2", "norm2_1"))
 
 
@@ -71,7 +81,7 @@ def _join(node, form, cardinality):
     # To form "c": paths side by side.
     if not isinstance(node, Mapping):
         return node
-    if not _is_unit(node) or form == "c":
+    if not _is_block(node) or form == "c":
         return {name: _join(child, form, cardinality) for name, child in node.items()}
     joined = dict(node)
     for name, axis in _DEALT[form].items():
@@ -87,7 +97,7 @@ def _split(node, form, cardinality):
     # From form "c".
     if not isinstance(node, Mapping):
         return node
-    if not _is_unit(node) or form == "c":
+    if not _is_block(node) or form == "c":
         return {name: _split(child, form, cardinality) for name, child in node.items()}
     split = dict(node)
     for name, axis in _DEALT[form].items():

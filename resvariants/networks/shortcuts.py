@@ -14,8 +14,6 @@ from flax import linen as nn
 from resvariants.errors import InputError
 
 
-# Shortcuts are functions called inside a unit: (x, features, strides, conv, norm) -> y, where y has
-# `features` channels and 1/strides of x's height and width.
 def identity_shortcut(x, features, strides, conv=None, norm=None, *, average=False):
     """Option A (He et al. 2015, 3.3): no parameters; new channels are zeros, appended at the end.
 
@@ -32,7 +30,7 @@ def identity_shortcut(x, features, strides, conv=None, norm=None, *, average=Fal
         x = nn.avg_pool(x, window, window) if average else x[:, ::strides, ::strides]
     if features < x.shape[-1]:
         raise InputError(
-            f"option A (which also stands in for units of plain nets) cannot narrow"
+            f"option A (which also stands in for blocks of plain nets) cannot narrow"
             f" {x.shape[-1]} channels to {features}"
         )
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))

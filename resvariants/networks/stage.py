@@ -14,15 +14,15 @@ from resvariants.networks.gates import run_kept
 
 REMAT = ("auto", "none", "block", "sqrt")
 
-# From how many units in a stage on a CPU computes twice. Measured at 32 units: 1.1 of the time for
-# basic units, 0.8 for bottlenecks, which keep more.
+# From how many blocks in a stage on a CPU computes twice. Measured at 32 blocks: 1.1 of the time
+# for basic blocks, 0.8 for bottlenecks, which keep more.
 LONG_STAGE = 32
 
 
 def apply_stacked(
     parent: nn.Module,
     name: str,
-    unit: nn.Module,
+    block: nn.Module,
     x: jax.Array,
     gates: jax.Array | None,
     length: int,
@@ -30,25 +30,25 @@ def apply_stacked(
     unroll: int | bool | None = None,
     group: int | None = None,
 ) -> jax.Array:
-    """`length` units in sequence, compiled once: a scan over variables stacked under `name`.
+    """`length` blocks in sequence, compiled once: a scan over variables stacked under `name`.
 
-    This is `nn.scan` written out, because checkpointing every `group` units needs the stack cut
+    This is `nn.scan` written out, because checkpointing every `group` blocks needs the stack cut
     into groups and a remainder while the tree stays whole.
 
     Args:
       parent: the module (in its compact method) whose variables hold the stack.
-      unit: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
+      block: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
       gates: shape (length,), or None.
-      unroll: units per iteration of the compiled loop; True for no loop at all; None for no loop
-        where it would have only two units, for which it costs more than it saves. (With boolean
-        gates, units that can be skipped for nothing have a loop always on CPUs; others run in
+      unroll: blocks per iteration of the compiled loop; True for no loop at all; None for no loop
+        where it would have only two blocks, for which it costs more than it saves. (With boolean
+        gates, blocks that can be skipped for nothing have a loop always on CPUs; others run in
         conditionals, on one core.)
-      group: keep only every `group`-th unit's input for the backward pass.
+      group: keep only every `group`-th block's input for the backward pass.
     """
     if parent.is_initializing():
         keys = jax.random.split(parent.make_rng("params"), length)
         spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        stacked = jax.vmap(lambda key: unit.lazy_init({"params": key, "dropout": key}, spec))(keys)
+        stacked = jax.vmap(lambda key: block.lazy_init({"params": key, "dropout": key}, spec))(keys)
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
@@ -58,18 +58,18 @@ def apply_stacked(
     if parent.has_rng("dropout"):
         rngs["dropout"] = jax.random.split(parent.make_rng("dropout"), length)
 
-    def body(x, unit_slice):
-        variables, gate, rngs = unit_slice
-        return unit.apply(variables, x, gate, mutable=mutable, rngs=rngs)
+    def body(x, block_slice):
+        variables, gate, rngs = block_slice
+        return block.apply(variables, x, gate, mutable=mutable, rngs=rngs)
 
     def kept(x, stats, params, rngs):
-        y, updates = unit.apply(params | stats, x, mutable=mutable, rngs=rngs)
+        y, updates = block.apply(params | stats, x, mutable=mutable, rngs=rngs)
         return y, {c: updates[c] for c in stats}
 
     skips = (
         gates is not None
         and gates.dtype == jnp.bool_
-        and getattr(unit, "skips_to_input", False)
+        and getattr(block, "skips_to_input", False)
         and "responses" not in mutable
         and jax.default_backend() == "cpu"
     )
@@ -103,17 +103,17 @@ def apply_stacked(
 
 
 class Stage(nn.Module):
-    """`num_units` units of one width: the first may change shape, the rest are one scanned body.
+    """`num_blocks` blocks of one width: the first may change shape, the rest are one scanned body.
 
     Attributes:
-      unit: a factory `(features, strides=..., remat=..., name=...)` of units.
-      activated: the stage's input is activated already (see `Unit`).
-      dilation, dilate: of the first unit (see `Unit`); the others go on with what it ends with.
+      block: a factory `(features, strides=..., remat=..., name=...)` of blocks.
+      activated: the stage's input is activated already (see `Block`).
+      dilation, dilate: of the first block (see `Block`); the others go on with what it ends with.
       remat, unroll: see `ResNet`.
     """
 
-    unit: ModuleFactory
-    num_units: int
+    block: ModuleFactory
+    num_blocks: int
     features: int
     strides: int
     activated: bool = False
@@ -124,37 +124,37 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
-        """(batch, height, width, channels), gates (num_units,) -> the stage's output.
+        """(batch, height, width, channels), gates (num_blocks,) -> the stage's output.
 
         Raises:
-          InputError: no units, or an unknown `remat`.
+          InputError: no blocks, or an unknown `remat`.
         """
         remat = check_choice("remat", self.remat, REMAT)
         if remat == "auto":
-            long = self.num_units >= LONG_STAGE and jax.default_backend() == "cpu"
+            long = self.num_blocks >= LONG_STAGE and jax.default_backend() == "cpu"
             remat = "block" if long else "none"
-        if self.num_units < 1:
-            raise InputError(f"a stage of {self.num_units} units: it needs at least one")
-        unit = partial(self.unit, self.features)
-        first = partial(unit, strides=self.strides, remat=remat != "none", name="first")
+        if self.num_blocks < 1:
+            raise InputError(f"a stage of {self.num_blocks} blocks: it needs at least one")
+        block = partial(self.block, self.features)
+        first = partial(block, strides=self.strides, remat=remat != "none", name="first")
         if self.activated:
             first = partial(first, activated=True)
         if self.dilate:
             first = partial(first, dilation=self.dilation, dilate=True)
-            unit = partial(unit, dilation=self.dilation * self.strides)
+            block = partial(block, dilation=self.dilation * self.strides)
         x = first()(x, None if gates is None else gates[0])
-        length = self.num_units - 1
+        length = self.num_blocks - 1
         if length == 0:
             return x
         return apply_stacked(
             self,
             "rest",
-            unit(remat=remat == "block", parent=None),
+            block(remat=remat == "block", parent=None),
             x,
             None if gates is None else gates[1:],
             length,
             unroll=self.unroll,
-            # Kept: length / group inputs, and about four arrays of that size for each unit of the
+            # Kept: length / group inputs, and about four arrays of that size for each block of the
             # one group whose backward pass is running.
             group=max(1, isqrt(length // 4)) if remat == "sqrt" else None,
         )

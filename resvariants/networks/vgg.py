@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from resvariants.networks.blocks import Unit
+from resvariants.networks.blocks import PlainBlock
 from resvariants.networks.convolution import conv
 from resvariants.networks.gates import check_gates, gates_by_stage
 from resvariants.networks.layers import (
@@ -18,7 +18,7 @@ from resvariants.networks.layers import (
     hidden_layers,
 )
 from resvariants.networks.normalisation import batch_norm, no_norm
-from resvariants.networks.parts import plain_merge, single_branch
+from resvariants.networks.parts import single_branch
 from resvariants.networks.stage import Stage
 
 gaussian = nn.initializers.normal(0.01)
@@ -53,7 +53,7 @@ class VGG(nn.Module):
     axis_name: str | None = None
 
     @property
-    def num_units(self) -> int:
+    def num_blocks(self) -> int:
         """Convolutions, the length of the gate vector."""
         return sum(self.stage_sizes)
 
@@ -72,7 +72,7 @@ class VGG(nn.Module):
           images: (batch, height, width, channels), floating point, normalised. The hidden layers
             fit one image size only.
           train: use and update batch statistics, and drop.
-          gates: (num_units,), boolean or float: a convolution that is off gives its input, with
+          gates: (num_blocks,), boolean or float: a convolution that is off gives its input, with
             zeros for new channels.
           return_features: return a dict `stage1`, ..., `hidden1`, ..., `pooled`, `logits` instead.
 
@@ -84,14 +84,13 @@ class VGG(nn.Module):
         """
         check_size("images", images, 2 ** len(self.stage_sizes))
         if gates is not None:
-            gates = check_gates(gates, self.num_units)
+            gates = check_gates(gates, self.num_blocks)
         norm = batch_norm(
             train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
         )
-        unit = partial(
-            Unit,
+        block = partial(
+            PlainBlock,
             branch=single_branch,
-            merge=plain_merge,
             conv=partial(conv, use_bias=True, dtype=self.dtype),
             norm=norm if self.batch_normed else no_norm,
         )
@@ -100,7 +99,7 @@ class VGG(nn.Module):
         by_stage = gates_by_stage(gates, self.stage_sizes)
         for i, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True)):
             name = f"stage{i + 1}"
-            stage = Stage(unit, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
+            stage = Stage(block, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
             x = outputs[name] = halving_max_pool(stage(x, by_stage[i]), 2)
         dense_options = {"kernel_init": gaussian, "dtype": self.dtype}
         x, hidden = hidden_layers(

@@ -20,7 +20,7 @@ from resvariants.networks.resnet import (
     BASIC_STAGES,
     BOTTLENECK_STAGES,
     ImageNetStem,
-    _units_per_stage,
+    blocks_per_stage,
     cifar_resnet,
     imagenet_resnet,
 )
@@ -45,7 +45,7 @@ def _resnext_entry(depth, cardinality, base_width):
     if depth in BOTTLENECK_STAGES:
         build = partial(resnext, BOTTLENECK_STAGES[depth], stem=ImageNetStem, **paths)
         return Entry(build, IMAGENET, 1000, "Xie et al. 2016", "ResNeXt")
-    n = _units_per_stage(depth, 9)
+    n = blocks_per_stage(depth, 9)
     return Entry(partial(resnext, (n, n, n), **paths), CIFAR, 10, "Xie et al. 2016", "ResNeXt")
 
 
@@ -139,7 +139,7 @@ def _zoo() -> dict[str, Entry]:
     strided |= full
     for depth, sizes in {**BOTTLENECK_STAGES, 200: (3, 24, 36, 3)}.items():
         imagenet(preactivated, f"preact_resnet{depth}", he2016, *sizes, **strided)
-    # timm's: the stem's convolution and pooling alone, and then whole units.
+    # timm's: the stem's convolution and pooling alone, and then whole blocks.
     strided |= {"stem": partial(ImageNetStem, activation=False), "shares_stem_activation": False}
     for depth, sizes in BOTTLENECK_STAGES.items():
         imagenet(preactivated, f"resnetv2_{depth}", public, *sizes, **strided)
@@ -273,7 +273,7 @@ def list_models() -> dict[str, dict[str, Entry]]:
 def find(name: str) -> Entry:
     """The entry called `name`, or a CIFAR net of a depth outside the papers.
 
-    `resnet8`, `plain14` (6n+2 layers of basic units), `resnet29_bottleneck` (9n+2), the same after
+    `resnet8`, `plain14` (6n+2 layers of basic blocks), `resnet29_bottleneck` (9n+2), the same after
     `preact_` (pre-activated) and, where the short name is an ImageNet net's, `cifar_resnet50`;
     `resnext29_4x32d` (9n+2 layers for CIFAR; 50, 101 or 152 for ImageNet), `densenet22_k12` (3n+4),
     `densenet_bc22_k12` (6n+4); `highway_fc30`, `plain_fc30` (fully connected, any depth).
@@ -312,7 +312,7 @@ def _of_another_size(name):
             bottleneck=bottleneck is not None,
             placement="full_preactivation" if preactivated else "original",
         )
-        build()  # raises if no whole number of units gives the depth
+        build()  # raises if no whole number of blocks gives the depth
         return Entry(build, CIFAR, 10, "He et al. 2015, another depth", "other sizes")
     return None
 

@@ -71,8 +71,8 @@ def train_step(
       The state after, and float metrics `loss` (without auxiliary classifiers), `error` (share of
       wrong labels) and `gradient_norm`, all of the batch before the update.
     """
-    # The key depends on the step alone: all devices must agree on which units to skip. What is
-    # dropped inside a unit is each device's own.
+    # The key depends on the step alone: all devices must agree on which blocks to skip. What is
+    # dropped inside a block is each device's own.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
@@ -113,7 +113,7 @@ def eval_step(
     Of images with several crops, (batch, crops, height, width, channels), the probabilities are
     averaged (Krizhevsky et al. 2012, 4.1).
     """
-    options = {} if gates is None else {"gates": gates}  # not every network has units to gate
+    options = {} if gates is None else {"gates": gates}  # not every network has blocks to gate
     images = batch["image"]
     logits: Any = model.apply(
         {"params": params, "batch_stats": batch_stats},

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
         count from 0.
       convolutions: our fully connected layers that are convolutions there.
       centred: option A puts half of the new channels' zeros before the old channels, where ours
-        come behind them all. The channels that units add to have another order then.
+        come behind them all. The channels that blocks add to have another order then.
     """
 
     names: dict[str, str]
@@ -100,10 +100,10 @@ def _vgg_features(params):
     # Their convolutions are numbered together with BatchNorms, ReLUs and poolings.
     names, at = {}, 0
     for stage in sorted(name for name in params if name.startswith("stage")):
-        for unit in range(1, len(params[stage]) + 1):
-            layers = params[stage][f"unit{unit}"]
+        for block in range(1, len(params[stage]) + 1):
+            layers = params[stage][f"unit{block}"]
             for layer in sorted(layers):  # conv1, norm1
-                names[f"{stage}/unit{unit}/{layer}"] = f"features.{at}"
+                names[f"{stage}/unit{block}/{layer}"] = f"features.{at}"
                 at += 1
             at += 1
         at += 1
@@ -213,18 +213,18 @@ def _centred_channels(params):
     inputs, outputs = {}, {}
     order = np.arange(params["stem"]["conv"]["kernel"].shape[-1])
     for stage in sorted(name for name in params if name.startswith("stage")):
-        for unit, layers in params[stage].items():
+        for block, layers in params[stage].items():
             last = max(name for name in layers if name.startswith("conv"))
             channels, old = layers[last]["kernel"].shape[-1], len(order)
-            inputs[f"{stage}/{unit}/conv1"] = order
+            inputs[f"{stage}/{block}/conv1"] = order
             if "shortcut_conv" in layers:
-                inputs[f"{stage}/{unit}/shortcut_conv"] = order
+                inputs[f"{stage}/{block}/shortcut_conv"] = order
                 order = np.arange(channels)
             elif channels > old:
                 low = (channels - old) // 2
                 new = np.delete(np.arange(channels), low + np.arange(old))
                 order = np.concatenate([low + order, new])
-            outputs[f"{stage}/{unit}/{last}"] = outputs[f"{stage}/{unit}/norm{last[4:]}"] = order
+            outputs[f"{stage}/{block}/{last}"] = outputs[f"{stage}/{block}/norm{last[4:]}"] = order
     inputs["head"] = order
     return inputs, outputs
 

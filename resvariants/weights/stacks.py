@@ -11,27 +11,27 @@ from resvariants.errors import InputError
 
 
 def unstack(variables: Any) -> Any:
-    """Variables (or one collection) with the units of every stage apart: `stage1/unit1`, ....
+    """Variables (or one collection) with the blocks of every stage apart: `stage1/unit1`, ....
 
-    Units count from 1, and nothing is lost: `stack` gives the stages back as networks have them,
+    Blocks count from 1, and nothing is lost: `stack` gives the stages back as networks have them,
     `first` and the stacked `rest`.
     """
     if not isinstance(variables, Mapping):
         return variables
     if not variables or not variables.keys() <= {"first", "rest"}:
         return {name: unstack(tree) for name, tree in variables.items()}
-    units = {"unit1": variables["first"]} if "first" in variables else {}
+    blocks = {"unit1": variables["first"]} if "first" in variables else {}
     if "rest" in variables:
         for i in range(len(jax.tree.leaves(variables["rest"])[0])):
-            units[f"unit{i + 2}"] = jax.tree.map(lambda leaf, i=i: leaf[i], variables["rest"])
-    return units
+            blocks[f"unit{i + 2}"] = jax.tree.map(lambda leaf, i=i: leaf[i], variables["rest"])
+    return blocks
 
 
 def stack(variables: Any) -> Any:
     """What `unstack` took apart, put together again.
 
     Raises:
-      InputError: units of a stage, after its first, that differ in their arrays or are missing.
+      InputError: blocks of a stage, after its first, that differ in their arrays or are missing.
     """
     if not isinstance(variables, Mapping):
         return variables
@@ -41,9 +41,9 @@ def stack(variables: Any) -> Any:
     numbers = sorted(int(name[4:]) for name in variables if name != "unit1")
     rest = [variables[f"unit{i}"] for i in numbers]
     if numbers != list(range(2, 2 + len(numbers))):
-        raise InputError(f"units {numbers} of a stage are not in sequence from 2")
-    if len({str(jax.tree.map(jnp.shape, unit)) for unit in rest}) > 1:
-        raise InputError("the units of a stage, after its first, must have the same arrays")
+        raise InputError(f"blocks {numbers} of a stage are not in sequence from 2")
+    if len({str(jax.tree.map(jnp.shape, block)) for block in rest}) > 1:
+        raise InputError("the blocks of a stage, after its first, must have the same arrays")
     if rest:
         stage["rest"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rest)
     return stage

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
+from nets import images, random_variables
 from PIL import Image
-from test_resnet import images, random_variables
 
 from configs import default, digits
 from resvariants import InputError, create_model

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_resnet import TINY, check_tree, gradients, images, random_variables
+from nets import TINY, check_tree, gradients, images, random_variables
 
 import resvariants as rv
 from resvariants import BasicBlock, InputError, ResNet, StochasticDepth, batch_norm, create_model

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_resnet import check_tree, images, random_variables
+from nets import check_tree, images, random_variables
 
 from resvariants import Block, InputError, ResNet, create_model
 from resvariants.networks.densenet import DenseNet

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import ROOT
-from test_resnet import random_variables
+from nets import random_variables
 
 from resvariants import InputError, create_model, list_models
 from resvariants.networks.summary import abstract_variables

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 from conftest import ROOT
-from test_resnet import random_variables
+from nets import random_variables
 
 from resvariants import create_model
 from resvariants.weights.convert import to_torch

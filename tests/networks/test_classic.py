@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from flax import linen as nn
-from test_resnet import check_tree, images, random_variables
+from nets import check_tree, images, random_variables
 
 from resvariants import HighwayBlock, InputError, create_model
 from resvariants.networks.alexnet import (

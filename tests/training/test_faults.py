@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_loop import STEPS, config, final_state, finished, rows, without_speed  # noqa: F401
+from runs import STEPS, config, final_state, rows, without_speed
 
 from resvariants import InputError
 from resvariants.data.batches import TrainingBatches
@@ -30,7 +30,7 @@ def assert_equal_runs(ours, theirs):
     assert without_speed(ours) == without_speed(theirs)
 
 
-def test_the_same_seed_on_the_same_devices_gives_the_same_bits(finished, tmp_path):  # noqa: F811
+def test_the_same_seed_on_the_same_devices_gives_the_same_bits(finished, tmp_path):
     loop.train(config(), tmp_path / "again")
     assert_equal_runs(tmp_path / "again", finished[0])
 
@@ -95,7 +95,7 @@ MOMENTS = [during_a_step, during_compilation, during_an_evaluation, during_a_sav
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     moment,
-    finished,  # noqa: F811
+    finished,
     tmp_path,
     monkeypatch,
     capfd,
@@ -199,7 +199,7 @@ def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
 # Disks
 
 
-def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_path, monkeypatch):
     """A limit on the size of files is as good as no room, and needs no disk to fill."""
     saving, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -286,7 +286,7 @@ def flip_a_bit(content):
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     damage,
-    finished,  # noqa: F811
+    finished,
     tmp_path,
     capsys,
 ):
@@ -304,7 +304,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     assert (copy / "corrupt" / str(STEPS)).is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused(finished, tmp_path):  # noqa: F811
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished[0], copy)
     (copy / "result.json").unlink()
@@ -333,7 +333,7 @@ def test_a_batch_of_nan_stops_the_run_at_its_step(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step == 7
 
 
-def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     """By days, while checkpoints are being written: for Orbax their time has run out then."""
     look, saving, jumps = time.time, Checkpoints.save, iter([1e5, -3e5, 2e6, -1e7, 1e8, 0.0])
     offset = [0.0]

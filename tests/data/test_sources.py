@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
@@ -33,7 +34,7 @@ from tensorflow_datasets.image_classification import cifar, mnist
 from resvariants.data import preparation, sets
 from resvariants.errors import InputError
 
-PROGRAM = Path(__file__).parents[1] / "experiments" / "prepare.py"
+PROGRAM = ROOT / "experiments" / "prepare.py"
 COUNTS = {"train": 8, "test": 5, "extra": 4}
 PREPARED_AS = {
     "cifar10": "cifar10/3.0.2",

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from test_resnet import check_tree, images, random_variables
+from nets import check_tree, images, random_variables
 
 from resvariants import Block, InputError, batch_norm, create_model
 from resvariants.networks.parts import aggregated_branch

@@ -5,7 +5,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
-from test_resnet import images, random_variables
+from nets import images, random_variables
 
 from resvariants import InputError
 from resvariants.analysis.deepening import deepen

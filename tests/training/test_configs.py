@@ -4,11 +4,11 @@ import ast
 import importlib
 import json
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 
 from configs import default
@@ -23,7 +23,6 @@ from resvariants.training.keys import DTYPES
 from resvariants.training.optimizer import make_schedule
 from resvariants.training.parallel import check_batch_size
 
-ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 RECIPES = [name for name in NAMES if name != "default"]
 

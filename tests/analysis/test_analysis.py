@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_resnet import images, random_variables
+from nets import images, random_variables
 
 from resvariants import InputError, create_model
 from resvariants.analysis.lesions import (

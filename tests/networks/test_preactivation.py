@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_resnet import TINY, check_tree, images, random_variables
+from nets import TINY, check_tree, images, random_variables
 
 from resvariants import BasicBlock, Block, InputError, batch_norm, create_model
 from resvariants.networks.parts import PLACEMENTS, WEIGHTS, constant_scaling, exclusive_gating

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 # Compiled quickly rather than well: a test runs for seconds what took minutes to optimise.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -14,7 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+from repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for configs/
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 import pytest
 from absl import flags, logging
-from conftest import ROOT
 from ml_collections import config_flags
 from PIL import Image
+from repository import ROOT
 
 from configs import digits
 from resvariants import InputError

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ROOT
 from PIL import Image
+from repository import ROOT
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download import downloader, extractor

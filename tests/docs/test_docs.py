@@ -4,8 +4,8 @@ import re
 
 import jax
 import pytest
-from conftest import ROOT
 from nets import random_variables
+from repository import ROOT
 
 from resvariants import create_model
 from resvariants.weights.convert import to_torch

@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from resvariants import create_model
 from resvariants.networks.summary import count_parameters

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from configs import digits
 from resvariants import InputError

@@ -8,8 +8,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from ml_collections import ConfigDict
+from repository import ROOT
 
 from configs import default
 from resvariants.data import sets

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from resvariants import InputError
 from resvariants.processes import start

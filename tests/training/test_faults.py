@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from repository import ROOT
 from runs import STEPS, config, final_state, rows, without_speed
 
 from resvariants import InputError

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 pytestmark = pytest.mark.slurm
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import ROOT
 from nets import random_variables
+from repository import ROOT
 
 from resvariants import InputError, create_model, list_models
 from resvariants.networks.summary import abstract_variables

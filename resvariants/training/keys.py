@@ -19,6 +19,7 @@ from ml_collections.config_dict import placeholder
 
 from resvariants import registers
 from resvariants.data.augmentation import AUGMENTATIONS, NORMALISATIONS
+from resvariants.data.sets import DATA_SETS
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.gates import SURVIVAL_DRAWS, SURVIVAL_SCHEDULES
 from resvariants.networks.stage import REMAT
@@ -57,6 +58,7 @@ ABOVE_0 = Kind("positive", lambda x: x > 0)
 NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
 SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
 SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
+DATA_SET = Kind(", ".join(DATA_SETS) + ", or one of your own", lambda x: isinstance(x, str))
 OPTIONS = Kind("options by name", lambda x: isinstance(x, Mapping | ConfigDict))
 #: `make_schedule` checks how they fit each other.
 SCHEDULED = Kind("a number of steps or epochs", lambda x: isinstance(x, int | float))
@@ -149,7 +151,7 @@ KEYS = (
         "batch: one draw for all its images; exact: the same number always; example: drop path",
     ),
     Key("model.options", {}, OPTIONS, "the network's own, see `create_model`", since="0.2"),
-    Key("dataset.name", "digits", TEXT, "a data set; imagenet2012 and image_folder are streamed"),
+    Key("dataset.name", "digits", DATA_SET, "imagenet2012 and image_folder are streamed from disk"),
     Key(
         "dataset.data_dir",
         str,

@@ -1,9 +1,9 @@
 """Recipes: one home for every key, the papers' settings, and the way through JSON and back."""
 
-import ast
 import importlib
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from resvariants.data.batches import split_validation
 from resvariants.data.splits import Split
 from resvariants.networks import zoo
 from resvariants.networks.stage import REMAT
-from resvariants.training import workdir
+from resvariants.training import keys, workdir
 from resvariants.training.keys import DTYPES
 from resvariants.training.optimizer import make_schedule
 from resvariants.training.parallel import check_batch_size
@@ -64,37 +64,27 @@ PLACEHOLDERS = {
 # The keys
 
 
-def assigned_keys():
-    """The keys in the order in which the source of configs/default.py sets them."""
-    tree = ast.parse((ROOT / "configs" / "default.py").read_text())
-    aliases, keys = {"config": ""}, []
-
-    def dotted(target):
-        if isinstance(target, ast.Name):
-            return aliases[target.id]
-        return f"{dotted(target.value)}.{target.attr}".removeprefix(".")
-
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        names = [target for target in node.targets if isinstance(target, ast.Name)]
-        attributes = [target for target in node.targets if isinstance(target, ast.Attribute)]
-        if attributes and names:  # model = config.model = ConfigDict()
-            aliases[names[0].id] = dotted(attributes[0])
-        elif attributes:
-            keys += map(dotted, attributes)
-    return keys
+OPTIONS = {key.name for key in keys.KEYS if key.kind is keys.OPTIONS}
 
 
 def test_default_sets_every_key_once():
-    keys = assigned_keys()
-    assert len(keys) == len(set(keys))
-    assert set(keys) == set(DEFAULT)
+    names = [key.name for key in keys.KEYS]
+    assert len(names) == len(set(names))
+    assert set(names) - OPTIONS == set(DEFAULT)
+    for name in OPTIONS:
+        assert keys.value_of(default.get_config(), name) == ConfigDict()
+
+
+@pytest.mark.parametrize("key", keys.KEYS, ids=lambda key: key.name)
+def test_a_default_is_allowed_and_explained(key):
+    key.check(keys.value_of(default.get_config(), key.name))
+    assert key.text and (key.allowed or key.name == "dataset.augmentation")
 
 
 @pytest.mark.parametrize("key", DEFAULT)
 def test_the_library_reads_every_key(key):
-    source = "".join(path.read_text() for path in (ROOT / "resvariants").glob("*.py"))
+    files = set((ROOT / "resvariants").rglob("*.py")) - {Path(keys.__file__)}
+    source = "".join(path.read_text() for path in sorted(files))
     name = key.split(".")[-1]
     assert re.search(rf'\.{name}\b|"{name}"', source)
 
@@ -135,10 +125,8 @@ def test_every_call_gives_a_config_of_its_own(name):
         ("parallel", ("jit", "pmap")),
     ],
 )
-def test_default_documents_every_allowed_value(key, allowed):
-    source = (ROOT / "configs" / "default.py").read_text()
-    before = r"(?:    #.*\n)*    (?:config\.)?"
-    (line,) = re.findall(rf"^{before}{re.escape(key)} = .*$", source, re.MULTILINE)
+def test_the_table_documents_every_allowed_value(key, allowed):
+    (line,) = re.findall(rf"^\| `{re.escape(key)}` \|.*$", keys.table(), re.MULTILINE)
     assert DEFAULT[key] in allowed
     for value in allowed:
         assert re.search(rf"\b{value}\b", line), f"{line}: {value} is missing"

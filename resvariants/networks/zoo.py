@@ -290,8 +290,19 @@ def find(name: str) -> Entry:
             f"unknown model {name!r}: {error}; nearest names: {nearest(name, ZOO)}"
         ) from None
     if entry is None:
-        raise unknown("model", name, ZOO, " (all: python -m resvariants)")
+        raise unknown("model", name, ZOO, f" (all: python -m resvariants){_relatives(name)}")
     return entry
+
+
+def _relatives(name):
+    # Names that begin like this one, and their family.
+    letters = re.compile(r"[a-z_]*")
+    near = [other for other in ZOO if name and other.startswith(name)]
+    near = near or [other for other in ZOO if letters.match(other)[0] == letters.match(name)[0]]
+    if not near:
+        return ""
+    family = ZOO[near[0]].family
+    return f"; of the family {family}, which --family lists: {', '.join(near[:5])}"
 
 
 def _of_another_size(name):

@@ -8,23 +8,13 @@ By default: 110 layers against 1202, 1001 pre-activated ones, and 110 with stoch
 network is trained or goes on where it stopped; finished runs are compared as they are.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from commandline import keys, run
-from study import (
-    Finished,
-    add_training_arguments,
-    budget,
-    chosen_networks,
-    mean_and_deviation,
-    new_figure,
-    save_figure,
-    table,
-    write_report,
-)
-
+from common.commandline import keys, make_parser, run
+from common.recipes import add_training_arguments, chosen_networks
+from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
+from common.runs import Finished
 from resvariants.networks.papers import TEST_ERRORS
 from resvariants.training.report import plot_curves
 
@@ -107,7 +97,7 @@ def compare(networks: dict[str, list[Finished]], out: Path, notes: Sequence[str]
 
 def main() -> None:
     """Reads the command line, trains what is missing, and compares."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser, MISSION)
     args = parser.parse_args()
     compare(chosen_networks(args), args.out)

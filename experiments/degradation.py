@@ -15,25 +15,19 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from commandline import run
-from study import (
-    Finished,
+
+from common.commandline import make_parser, run
+from common.recipes import add_training_arguments, recipe, train_networks
+from common.reports import (
     Remembered,
-    add_training_arguments,
-    batches_of,
     budget,
     mean_and_deviation,
     new_figure,
-    on_one_device,
-    recipe,
     save_figure,
     table,
-    train_networks,
-    trained,
-    variables_by_step,
     write_report,
 )
-
+from common.runs import Finished, batches_of, on_one_device, trained, variables_by_step
 from resvariants import InputError, create_model
 from resvariants.analysis.deepening import deepen
 from resvariants.analysis.responses import make_layer_gradients
@@ -199,7 +193,7 @@ def gradient_rows(name: str, when: str, sizes: list[float]) -> list[str]:
 
 def main() -> None:
     """Reads the command line, trains, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser)
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
     parser.add_argument(

@@ -3,16 +3,13 @@
 python experiments/evaluate.py --workdir=runs/r110 [--split=test] [--data_dir=DIR]
 """
 
-import argparse
-
-from commandline import run
-
+from common.commandline import make_parser, run
 from resvariants.training import evaluation
 
 
 def main() -> None:
     """Prints loss and error over the whole split."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--split", default="test", help="test, validation or train")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")

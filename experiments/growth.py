@@ -8,22 +8,13 @@ cost, growth rate and depth of DenseNets, and errors by number of parameters. `r
 `parameters.png` are written to --out; the same command goes on after an interruption.
 """
 
-import argparse
 from itertools import chain
 
 import numpy as np
-from commandline import run
-from study import (
-    add_training_arguments,
-    budget,
-    mean_and_deviation,
-    new_figure,
-    save_figure,
-    table,
-    train_networks,
-    write_report,
-)
 
+from common.commandline import make_parser, run
+from common.recipes import add_training_arguments, train_networks
+from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
 from resvariants import create_model
 from resvariants.data.sets import find
 from resvariants.networks.summary import summarise
@@ -52,7 +43,7 @@ PAPERS_GROUPS = {
 
 def main() -> None:
     """Reads the command line, trains, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser)
     parser.add_argument("--papers", action="store_true", help="networks of the papers' sizes")
     args = parser.parse_args()

@@ -12,9 +12,9 @@ import hashlib
 from pathlib import Path
 
 from absl import flags
-from commandline import run_with_config
 from ml_collections import config_flags
 
+from common.commandline import run_with_config
 from resvariants.data import sets
 from resvariants.training import evaluation
 from resvariants.training.report import print_table, result_table

@@ -17,20 +17,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from commandline import run
 from scipy.stats import kendalltau
-from study import (
-    Loaded,
-    Remembered,
-    folder,
-    load_run,
-    new_figure,
-    progress,
-    save_figure,
-    table,
-    write_report,
-)
 
+from common.commandline import make_parser, run
+from common.recipes import folder
+from common.reports import Remembered, new_figure, progress, save_figure, table, write_report
+from common.runs import Loaded, load_run
 from resvariants import InputError
 from resvariants.analysis.lesions import (
     count_blocks,
@@ -190,7 +182,7 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line and studies each run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--workdirs", nargs="+", required=True, help="finished runs")
     parser.add_argument("--out", type=folder, required=True, help="folder of the report")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")

@@ -14,21 +14,20 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from commandline import run
 from scipy.stats import binom, linregress
-from study import (
+
+from common.commandline import make_parser, run
+from common.recipes import folder
+from common.reports import (
     Remembered,
     budget,
-    folder,
-    load_run,
     new_figure,
     progress,
-    read_run,
     save_figure,
     table,
     write_report,
 )
-
+from common.runs import load_run, read_run
 from resvariants import InputError
 from resvariants.analysis.lesions import make_errors, residual_scales
 from resvariants.analysis.paths import make_path_gradients
@@ -106,7 +105,7 @@ def train_effective(args: argparse.Namespace, total: int) -> list[str]:
 
 def main() -> None:
     """Reads the command line and studies the run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--workdir", required=True, help="a finished run of a residual network")
     parser.add_argument("--out", type=folder, required=True, help="folder of the report")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")

@@ -3,17 +3,15 @@
 python experiments/prepare.py cifar10 --data_dir=DIR [--archive_dir=DIR_WITH_THE_OFFICIAL_ARCHIVE]
 """
 
-import argparse
-
 import tensorflow_datasets as tfds
-from commandline import run
 
+from common.commandline import make_parser, run
 from resvariants.data import preparation, sets
 
 
 def main() -> None:
     """Prepares the named data set and prints where it is and what it holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     stored = [name for name, entry in sets.DATA_SETS.items() if entry.stored_as]
     parser.add_argument("name", help=", ".join(stored))
     parser.add_argument("--data_dir", help="where to prepare it (default: TFDS's own directory)")

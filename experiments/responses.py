@@ -11,20 +11,11 @@ BatchNorm and before ReLU or addition, in the layers' order and sorted. `report.
 import argparse
 
 import numpy as np
-from commandline import run
-from study import (
-    Finished,
-    add_training_arguments,
-    batches_of,
-    budget,
-    chosen_networks,
-    new_figure,
-    save_figure,
-    table,
-    trained,
-    write_report,
-)
 
+from common.commandline import make_parser, run
+from common.recipes import add_training_arguments, chosen_networks
+from common.reports import budget, new_figure, save_figure, table, write_report
+from common.runs import Finished, batches_of, trained
 from resvariants import InputError
 from resvariants.analysis.responses import make_layer_responses
 
@@ -41,7 +32,7 @@ def responses(found: Finished, args: argparse.Namespace) -> np.ndarray:
 
 def main() -> None:
     """Reads the command line, trains what is missing, and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser, MODELS)
     parser.add_argument("--images", type=int, default=256)
     args = parser.parse_args()

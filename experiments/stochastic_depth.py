@@ -16,24 +16,20 @@ from itertools import cycle
 
 import jax
 import numpy as np
-from benchmark import jitted_step
-from commandline import run
-from study import (
-    Finished,
+
+from benchmarks.steps import jitted_step
+from common.commandline import make_parser, run
+from common.recipes import add_training_arguments, train_networks
+from common.reports import (
     Remembered,
-    add_training_arguments,
-    batches_of,
     budget,
     mean_and_deviation,
     new_figure,
     save_figure,
     table,
-    train_networks,
-    trained,
-    variables_by_step,
     write_report,
 )
-
+from common.runs import Finished, batches_of, trained, variables_by_step
 from resvariants import InputError, create_model
 from resvariants.analysis.lesions import is_residual
 from resvariants.analysis.responses import make_layer_gradients
@@ -118,7 +114,7 @@ def draw(networks: dict, gradients: dict, constant: str, args: argparse.Namespac
 
 def main() -> None:
     """Reads the command line, trains, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser)
     parser.add_argument(
         "--model", default="resnet56", help="a residual network: [CONFIG:]MODEL[,KEY=VALUE ...]"

@@ -17,10 +17,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from commandline import run
 from PIL import Image
-from study import folder, progress, table, write_report
 
+from common.commandline import make_parser, run
+from common.recipes import folder
+from common.reports import progress, table, write_report
 from configs import imagenet
 from resvariants import InputError
 from resvariants.data import sets
@@ -129,7 +130,7 @@ def waits(args: argparse.Namespace, workers: int, steps: int) -> tuple[float, fl
 
 def main() -> None:
     """Reads the command line, measures, and writes `report.md`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=folder, required=True, help="folder of runs and report")
     parser.add_argument("--folder", type=Path, required=True, help="with train and val")
     parser.add_argument("--synthetic", type=int, help="make it of so many JPEGs")

@@ -11,7 +11,6 @@ again goes on: it waits for jobs that are still there, and trains what is not fi
 table of all that are finished comes at the end.
 """
 
-import argparse
 import contextlib
 import itertools
 import signal
@@ -21,10 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from commandline import check_key, run
+from common.commandline import check_key, make_parser, run
+from common.recipes import Job, add_training_arguments, base_recipe, jobs, literal, train_jobs
+from common.runs import read_run
 from compare import compare
-from study import Job, add_training_arguments, base_recipe, jobs, literal, read_run, train_jobs
-
 from resvariants import InputError
 from resvariants.training.workdir import flat, read_json, write_json
 
@@ -137,7 +136,7 @@ def queue() -> set[str]:
 
 def main() -> None:
     """Reads the command line, trains or submits what is missing, and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add_training_arguments(parser)
     parser.add_argument("--models", nargs="+", required=True, help="[CONFIG:]MODEL[,KEY=VALUE ...]")
     parser.add_argument("--grid", nargs="+", default=[], metavar="KEY=VALUE,VALUE,...")

@@ -8,9 +8,9 @@ and in an indexed Kubernetes job by itself, elsewhere with --coordinator, --proc
 """
 
 from absl import flags
-from commandline import run_with_config
 from ml_collections import config_flags
 
+from common.commandline import run_with_config
 from resvariants import processes
 from resvariants.training import loop
 

@@ -47,9 +47,7 @@ from resvariants.training.workdir import Workdir, read_config, read_result
 from resvariants.weights.convert import load_torch, read_state_dict
 
 sys.path.insert(0, str(ROOT / "experiments"))
-
-import commandline
-import study
+from common import commandline, recipes, reports, runs
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +272,7 @@ def test_json_that_no_workdir_has_is_refused(text, tmp_path):
         assert not is_answered(read)
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     (tmp_path / "result.json").write_text(text)
-    for read in (lambda: read_result(tmp_path), lambda: study.read_run(tmp_path)):
+    for read in (lambda: read_result(tmp_path), lambda: runs.read_run(tmp_path)):
         assert not is_answered(read) or text == '{"a.b": 1}'
     if text != "null":
         assert not is_answered(lambda: Workdir(tmp_path, CONFIG)) or text == '{"a.b": 1}'
@@ -386,7 +384,7 @@ def test_any_network_of_a_study_is_a_config_or_is_refused(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # Python's own, of such literals
             warnings.simplefilter("ignore", DeprecationWarning)
-            accepted += is_answered(lambda spec=spec, args=args: study.recipe(spec, args, 0))
+            accepted += is_answered(lambda spec=spec, args=args: recipes.recipe(spec, args, 0))
     assert accepted > 50
 
 
@@ -395,13 +393,13 @@ def test_a_value_that_python_cannot_read_is_refused(text):
     args = argparse.Namespace(
         config=str(ROOT / "configs/digits.py"), set=[], data_dir=None, steps=None, epochs=None
     )
-    assert not is_answered(lambda: study.recipe(f"resnet8,batch_size={text}", args, 0))
+    assert not is_answered(lambda: recipes.recipe(f"resnet8,batch_size={text}", args, 0))
 
 
 def test_any_lines_that_a_study_remembers_are_read_or_refused(tmp_path):
     for text in (*OTHER_JSON, DEEP, '{"key": [], "value": 1}', '{"key": "a"}'):
         (tmp_path / "remembered.jsonl").write_text(text + "\n")
-        is_answered(lambda: study.Remembered(tmp_path / "remembered.jsonl"))
+        is_answered(lambda: reports.Remembered(tmp_path / "remembered.jsonl"))
 
 
 # Images
@@ -613,14 +611,14 @@ def test_pickles_in_a_workdir_do_not_run(saved, tmp_path, bomb):
         (path / name).write_bytes(content + b"\n")
         for read in (
             lambda: evaluation.load(path),
-            lambda: study.read_run(path),
+            lambda: runs.read_run(path),
             lambda: Workdir(path, CONFIG).keep_rows(1),
         ):
             is_answered(read)
             assert not marker.exists(), name
     remembered = tmp_path / "remembered.jsonl"
     remembered.write_bytes(content + b"\n")
-    is_answered(lambda: study.Remembered(remembered))
+    is_answered(lambda: reports.Remembered(remembered))
     assert not marker.exists()
 
 
@@ -707,7 +705,7 @@ def test_weights_of_other_kinds_are_read_or_refused(tmp_path):
         assert not is_answered(lambda: load_torch("resnet8", path))
 
 
-# What runs code from a file, or is one word away from it. (`study.recipe` runs recipes, by runpy.)
+# What runs code from a file, or is one word away from it. (`recipe` runs recipes, by runpy.)
 DANGEROUS = {
     "eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler",
     "cPickle.load", "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads",

@@ -14,7 +14,7 @@ from resvariants.networks.summary import count_parameters
 from resvariants.training.parallel import compiler_options
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import peers
+from benchmarks import peers
 
 # What a bare accelerator image lacks, but for what Flax itself needs.
 ABSENT = ("ml_collections", "tensorflow_datasets", "sklearn", "array_record", "matplotlib")

@@ -18,7 +18,6 @@ from resvariants.data.splits import Source, Split
 from resvariants.training import loop
 
 sys.path.insert(0, str(ROOT / "experiments"))
-
 import compare
 import degradation
 import growth
@@ -26,8 +25,8 @@ import lesion
 import paths
 import responses
 import stochastic_depth
-import study
 import sweep
+from common import recipes, runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -301,14 +300,14 @@ def test_the_shortest_range_that_holds_a_share():
 
 
 def test_a_spec_names_config_model_and_changes():
-    parser = study.argparse.ArgumentParser()
-    study.add_training_arguments(parser)
+    parser = recipes.argparse.ArgumentParser()
+    recipes.add_training_arguments(parser)
     args = parser.parse_args(["--out=x", "--steps=7", "--config=configs/cifar10.py"])
-    config = study.recipe("resnet14,dataset.flip=False,optimizer.clip_norm=2.5", args, 3)
+    config = recipes.recipe("resnet14,dataset.flip=False,optimizer.clip_norm=2.5", args, 3)
     assert (config.model.name, config.dataset.name, config.seed) == ("resnet14", "cifar10", 3)
     assert (config.dataset.flip, config.optimizer.clip_norm) == (False, 2.5)
     assert config.schedule.cut_to_steps == 7
-    other = study.recipe("configs/stochastic_depth.py:resnet14", args, 0)
+    other = recipes.recipe("configs/stochastic_depth.py:resnet14", args, 0)
     assert other.model.survival_probability == 0.5
 
 
@@ -351,11 +350,11 @@ def test_a_job_is_the_command_that_trains_the_same_config(tmp_path):
     spec = "resnet8,schedule.learning_rate=0.5"
     arguments = ["--out", str(tmp_path), "--steps", "1", "--set", "batch_size=8", "seed=3"]
     arguments += ["--set", "batch_size=8", "schedule.milestones=(1,2)", "dataset.flip=True"]
-    parser = study.argparse.ArgumentParser()
-    study.add_training_arguments(parser)
-    (job,) = study.jobs([spec], parser.parse_args(arguments))
+    parser = recipes.argparse.ArgumentParser()
+    recipes.add_training_arguments(parser)
+    (job,) = recipes.jobs([spec], parser.parse_args(arguments))
     with loop.Workdir(job.path, job.config).writing():
         pass
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run(sweep.command(job, "configs/digits.py"), cwd=ROOT, env=environment, check=True)
-    assert study.read_run(job.path).result["steps"] == 1
+    assert runs.read_run(job.path).result["steps"] == 1

@@ -1,5 +1,6 @@
-"""What the programs here share: the path to `configs/`, and errors that say how to go on."""
+"""What do the programs' command lines share: the path to `configs/`, `--modules`, errors?"""
 
+import argparse
 import os
 import re
 import sys
@@ -12,14 +13,32 @@ import jax
 from absl import app, flags, logging
 
 # Recipes import each other as `configs.NAME`, from wherever the program is started.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs import default
 from resvariants.errors import InputError, RunError, nearest
 from resvariants.interrupts import Interrupted
 from resvariants.processes import is_main
+from resvariants.registers import import_modules
 
 CONFIGS = Path(default.__file__).parent
+MODULES_HELP = "modules or files of your own to import, which register networks, data sets and more"
+
+
+class _Import(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        import_modules(values)
+
+
+# Taken off a command line before anything else is made of it: recipes may name what they register.
+_MODULES = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_MODULES.add_argument("--modules", nargs="+", action=_Import, default=[], help=MODULES_HELP)
+
+
+def make_parser(documentation: str, **options: Any) -> argparse.ArgumentParser:
+    """A parser described by the first line of a program's docstring; it knows `--modules`."""
+    description = documentation.splitlines()[0]
+    return argparse.ArgumentParser(description=description, parents=[_MODULES], **options)
 
 
 def run(main: Callable[[], object]) -> None:
@@ -70,6 +89,7 @@ def run_with_config(main: Callable[[], object]) -> None:
 
 def _parse_flags(argv):
     # absl's parsing, with its own complaints and ml_collections' in our words.
+    argv = [argv[0], *_MODULES.parse_known_args(argv[1:])[1]]
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used

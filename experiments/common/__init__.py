@@ -1,0 +1,1 @@
+"""What the programs share: their command lines, recipes, finished runs and reports."""

@@ -12,15 +12,14 @@ import hashlib
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from common.commandline import run_with_config
+from common.commandline import define_config, run_with_config
 from resvariants.data import sets
 from resvariants.training import evaluation
-from resvariants.training.report import print_table, result_table
+from resvariants.training.result import print_table, result_table
 from resvariants.weights.convert import load_torch
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/FILE.py:MODEL")
+CONFIG = define_config()
 WEIGHTS = flags.DEFINE_string("weights", None, "The file with the state dict.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The new run's folder.")
 flags.mark_flags_as_required(["config", "weights", "workdir"])

@@ -24,12 +24,8 @@ from common.recipes import folder
 from common.reports import Remembered, new_figure, progress, save_figure, table, write_report
 from common.runs import Loaded, load_run
 from resvariants import InputError
-from resvariants.analysis.lesions import (
-    count_blocks,
-    first_blocks,
-    make_errors,
-    reordered,
-)
+from resvariants.analysis import lesions
+from resvariants.analysis.lesions import count_blocks, first_blocks, make_errors
 from resvariants.training.step import eval_step
 
 
@@ -39,12 +35,12 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     errors = make_errors(run.model, run.batches)
 
     def without(*deleted):
-        return errors(run.variables, without(total, deleted))
+        return errors(run.variables, lesions.without(total, deleted))
 
     def swapped(swaps, repeat):
         rng = np.random.default_rng([args.seed, swaps, repeat])
-        order = swapped(run.model, swaps, rng)
-        variables = reordered(run.model, run.variables, order)
+        order = lesions.swapped(run.model, swaps, rng)
+        variables = lesions.reordered(run.model, run.variables, order)
         return [
             float(kendalltau(np.arange(total), order).statistic),
             errors(variables, order=order),

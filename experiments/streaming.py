@@ -28,7 +28,7 @@ from resvariants.data import sets
 from resvariants.data.splits import Split
 from resvariants.data.stream import TrainingReader, read_ahead, training_crop
 from resvariants.training import loop
-from resvariants.training.evaluation import describe_devices
+from resvariants.training.result import describe_devices
 from resvariants.training.workdir import Workdir
 
 

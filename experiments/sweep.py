@@ -50,10 +50,13 @@ def command(job: Job, config_file: str) -> list[str]:
     """The command that trains `job` as a program of its own."""
     file, model, base = base_recipe(job.spec, config_file)
     values, defaults = flat(job.config.to_dict()), flat(base.to_dict())
-    changes = {key: value for key, value in values.items() if value != defaults[key]}
+    modules = values.pop("modules")
+    # (Options of the user's own parts are not in every recipe.)
+    changes = {key: value for key, value in values.items() if defaults.get(key) != value}
     return [
         sys.executable,
         str(TRAIN),
+        *(["--modules", *modules] if modules else []),
         f"--config={file}:{model}",
         f"--workdir={job.path}",
         *(f"--config.{key}={value}" for key, value in changes.items()),

@@ -8,13 +8,12 @@ and in an indexed Kubernetes job by itself, elsewhere with --coordinator, --proc
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from common.commandline import run_with_config
+from common.commandline import define_config, run_with_config
 from resvariants import processes
 from resvariants.training import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/FILE.py:MODEL")
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, new or to be continued.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes make this run.")

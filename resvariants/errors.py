@@ -38,7 +38,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 def check_choice(what: str, name: str, known: Collection[str]) -> str:
     """`name`, if it is one of `known`; otherwise an InputError that gives the allowed values."""
     if not isinstance(name, str) or name not in known:
-        raise UnknownName(f"unknown {what} {name!r}; allowed: {', '.join(sorted(known))}")
+        allowed = f"allowed: {', '.join(sorted(known))}" if known else "there is none"
+        raise UnknownName(f"unknown {what} {name!r}; {allowed}")
     return name
 
 

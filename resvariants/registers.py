@@ -6,7 +6,6 @@ those modules, and nothing else ever does.
 """
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -70,34 +69,26 @@ def import_modules(names: Sequence[str]) -> None:
     Raises:
       InputError: no such module, or it fails.
     """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     for name in names:
         if name in IMPORTED:
             continue
+        path = Path(name).absolute()
+        folder, module = Path.cwd(), name
+        if name.endswith(".py"):
+            folder, module = path.parent, path.stem
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # processes that read images look there, too
         try:
-            if name.endswith(".py"):
-                _import_file(Path(name))
-            else:
-                importlib.import_module(name)
+            found = importlib.import_module(module)
         except InputError as error:
             raise InputError(f"--modules {name}: {error}") from error
         except Exception as error:
             raise InputError(f"--modules {name} cannot be imported: {first_line(error)}") from error
+        if name.endswith(".py") and Path(found.__file__ or "").absolute() != path:
+            raise InputError(
+                f"--modules {name}: there is another module {module}; give the file another name"
+            )
         IMPORTED.append(name)
-
-
-def _import_file(path):
-    if path.stem in sys.modules:
-        raise InputError(f"there is a module {path.stem} already; give the file another name")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # as an import does: pickle and dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
 
 
 def whose(error: InputError, modules: Sequence[str]) -> InputError:

@@ -130,7 +130,7 @@ def test_a_workdir_imports_nothing_and_says_which_module_to_give(own_parts, tmp_
             del register[name]
     monkeypatch.setattr(registers, "IMPORTED", [])
     del sys.modules["my_parts"]
-    says = f"unknown data set 'my_set'.*give --modules {own_parts}"
+    says = rf"unknown dataset\.augmentation 'my_noise'.*give --modules {own_parts}"
     with pytest.raises(InputError, match=says):
         evaluation.evaluate(tmp_path / "run", "test")
     assert "my_parts" not in sys.modules

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 # Recipes import each other as `configs.NAME`, from wherever the program is started.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,6 +21,7 @@ from resvariants.errors import InputError, RunError, nearest
 from resvariants.interrupts import Interrupted
 from resvariants.processes import is_main
 from resvariants.registers import import_modules
+from resvariants.training.keys import OPEN
 
 CONFIGS = Path(default.__file__).parent
 MODULES_HELP = "modules or files of your own to import, which register networks, data sets and more"
@@ -82,6 +84,17 @@ def leave(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
+def define_config() -> flags.FlagHolder:
+    """The flag `--config=configs/FILE.py:MODEL`, with `--config.KEY=VALUE` for every key."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="configs/FILE.py:MODEL",
+        # Options are not in the config before they are given; `_parse_flags` refuses other keys.
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+
+
 def run_with_config(main: Callable[[], object]) -> None:
     """`run` for programs with absl flags, of which one is `--config`."""
     run(lambda: app.run(lambda _: main() and None, flags_parser=_parse_flags))
@@ -93,6 +106,8 @@ def _parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used
+        for key in flags.FLAGS["config"].override_values:
+            check_key(key)
         return rest
     except flags.Error as error:
         # A recipe may refuse its network; ml_collections gives the traceback as text.
@@ -115,9 +130,10 @@ def _parse_flags(argv):
 def check_key(key: str) -> None:
     """Raises InputError if no config has `key`."""
     known = keys(default.get_config())
-    if key not in known:
+    if key not in known and key.rpartition(".")[0] not in OPEN:
         raise InputError(
-            f"unknown config key {key!r}; nearest: {nearest(key, known)} (all: configs/default.py)"
+            f"unknown config key {key!r}; nearest: {nearest(key, known)}"
+            " (all: docs/configuration.md)"
         )
 
 

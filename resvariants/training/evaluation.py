@@ -1,33 +1,30 @@
 """How is a trained network evaluated, wherever it was trained?"""
 
-import importlib.metadata
 import math
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from resvariants.data import sets
 from resvariants.errors import InputError, RunError, choose
-from resvariants.networks.summary import count_parameters
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
 from resvariants.training.parallel import compiler_options
+from resvariants.training.result import facts
 from resvariants.training.setup import Setup, set_up
 from resvariants.training.step import TrainState, eval_step
 from resvariants.training.workdir import Workdir, read_config
 
 
-class _StoppedEarly(Exception):
-    pass
+class StoppedEarly(Exception):
+    """An evaluation was asked to stop."""
 
 
 def make_evaluator(
@@ -61,7 +58,7 @@ def make_evaluator(
         with closing(batches):
             for batch, indices in batches:
                 if stopping():
-                    raise _StoppedEarly
+                    raise StoppedEarly
                 sums.append(step(state.params, state.batch_stats, batch))
                 unreadable.append(indices)
                 if len(sums) > 3:  # or all batches would wait in the device's memory
@@ -82,44 +79,15 @@ def make_evaluator(
     return evaluate
 
 
-def _state_from(setup, variables):
-    fresh = setup.new_state()
-    variables = jax.tree.map(jnp.array, jax.device_get(variables))  # from whatever devices
-    given = fresh.replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
-    if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, fresh):
-        raise InputError("the variables to start from are of another network than the config's")
-    return given
-
-
-def _corrupt(config, say, names):
+def corrupt_images(
+    config: ConfigDict, say: Callable[[str], object], names: Sequence[str] = ()
+) -> Any:
+    """`stream.Corrupt` for a streamed data set, which knows `names` already; None for others."""
     if not sets.find(config.dataset.name).streamed:
         return None
     from resvariants.data.stream import Corrupt
 
-    return Corrupt(config.dataset.max_corrupt_images, say, names or ())
-
-
-def describe_devices() -> str:
-    """Such as "8 x NVIDIA H100"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-
-
-def _facts(config, shapes):
-    # What a result says whether the network was trained here or not.
-    return {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "num_params": count_parameters(shapes.params),
-        "seed": config.seed,
-        "devices": describe_devices(),
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("resvariants", "jax", "flax", "optax", "orbax-checkpoint")
-            },
-        },
-    }
+    return Corrupt(config.dataset.max_corrupt_images, say, tuple(names))
 
 
 def adopt(
@@ -139,11 +107,11 @@ def adopt(
     if workdir.result is not None:
         raise InputError(f"{path} holds a finished run; name another workdir")
     setup = set_up(config)
-    state = _state_from(setup, variables)
-    evaluate = make_evaluator(setup, config.eval_batch_size, _corrupt(config, print, ()))
+    state = setup.state_of(variables)
+    evaluate = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
     values = {split: evaluate(state, split) for split in setup.splits}
     names = {"train": "train_error", "test": "test_error", "validation": "val_error"}
-    result = _facts(config, state) | {
+    result = facts(config, state) | {
         "steps": 0,
         "epochs": 0.0,
         **{names[split]: values[split]["error"] for split in values},
@@ -201,5 +169,5 @@ def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[
     """
     config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
-    evaluator = make_evaluator(setup, config.eval_batch_size, _corrupt(config, print, ()))
+    evaluator = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
     return {"step": int(state.step), **evaluator(state, split)}

@@ -296,7 +296,7 @@ KEYS = (
 )
 EXECUTION_KEYS = {key.name for key in KEYS if key.execution}
 #: Keys under which anything may stand; who takes it checks it.
-OPEN = tuple(f"{key.name}." for key in KEYS if key.kind is OPTIONS)
+OPEN = {key.name for key in KEYS if key.kind is OPTIONS}
 
 
 def default_config() -> ConfigDict:

@@ -23,17 +23,11 @@ from resvariants.interrupts import Interrupted, Interrupts
 from resvariants.networks.summary import count_parameters
 from resvariants.processes import agreed, from_main, is_main, on_main, spread, to_host
 from resvariants.training.checkpoint import Checkpoints
-from resvariants.training.evaluation import (
-    _corrupt,
-    _facts,
-    _state_from,
-    _StoppedEarly,
-    describe_devices,
-    make_evaluator,
-)
+from resvariants.training.evaluation import StoppedEarly, corrupt_images, make_evaluator
 from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
-from resvariants.training.report import Reporter, print_table, result_table
+from resvariants.training.report import Reporter
+from resvariants.training.result import describe_devices, facts, print_table, result_table
 from resvariants.training.setup import set_up
 from resvariants.training.step import train_step
 from resvariants.training.workdir import Workdir
@@ -68,7 +62,7 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
     with Interrupts() as stopping:
         setup = set_up(config)
         if variables is not None:
-            setup = setup._replace(new_state=partial(_state_from, setup, variables))
+            setup = setup._replace(new_state=partial(setup.state_of, variables))
         batches = agreed(setup.training_batches)
         shapes = jax.eval_shape(setup.new_state)
         clock = time.perf_counter()
@@ -138,7 +132,7 @@ class _Run:
                 f" {describe_devices()}, train step compiled in {compile_seconds:.1f} s"
                 + (f", resumed at step {start}" if start else "")
             )
-            self.corrupt = _corrupt(config, reporter.line, counters.get("corrupt", ()))
+            self.corrupt = corrupt_images(config, reporter.line, counters.get("corrupt") or ())
             self.evaluate = make_evaluator(
                 self.setup, config.eval_batch_size, self.corrupt, self.stopping
             )
@@ -227,7 +221,7 @@ class _Run:
         for split in (s for s in self.setup.splits if s != "train" and s not in there):
             try:
                 values = self.evaluate(current, split)
-            except _StoppedEarly:
+            except StoppedEarly:
                 self.stop(step, state)
             speed = values.pop("images") / values.pop("seconds")
             self.log.write(step, split, values, speed)
@@ -260,7 +254,7 @@ def _result(config, setup, shapes, log, compile_seconds):
     steps = np.array([row["step"] - start for row, start in zip(rows, starts, strict=False)])
     in_last_epoch = np.array(starts[1:]) > setup.total_steps - setup.steps_per_epoch
     result = {
-        **_facts(config, shapes),
+        **facts(config, shapes),
         "steps": setup.total_steps,
         "epochs": setup.total_steps / setup.steps_per_epoch,
         "train_error": float(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from resvariants.networks.papers import TEST_ERRORS
+from resvariants.training.result import result_table
 
 
 class Reporter:
@@ -113,40 +114,6 @@ def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -
     axes.set_title(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """What matters of a result, as (name, value)."""
-    table = [
-        ("model", result["model"]),
-        ("parameters", f"{result['num_params']:,}"),
-        ("data set", result["dataset"]),
-        ("steps (epochs)", f"{result['steps']:,} ({result['epochs']:.1f})"),
-        ("seed", str(result["seed"])),
-        ("training error, last epoch", f"{result['train_error']:.2f} %"),
-    ]
-    if "val_error" in result:
-        table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
-    table.append(("test error, last epoch", f"{result['test_error']:.2f} %"))
-    if "origin" in result:  # not trained here
-        return [*table, ("weights", result["origin"]["file"])]
-    table += [
-        ("compilation", f"{result['compile_seconds']:.1f} s"),
-        ("training", f"{result['train_seconds']:.1f} s"),
-        ("images per second", f"{result['images_per_second']:,.0f}"),
-        ("devices", result["devices"]),
-    ]
-    return table
-
-
-def print_table(rows: list[tuple[str, str]]) -> None:
-    """Prints (name, value) pairs as a table."""
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
 
 
 def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -65,6 +66,23 @@ class Setup(NamedTuple):
         """How many whole steps so many epochs have, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
+    def state_of(self, variables: Any) -> TrainState:
+        """The state of a network trained elsewhere, its optimiser fresh.
+
+        Args:
+          variables: `params` and perhaps `batch_stats`, on whatever devices.
+
+        Raises:
+          InputError: they are of another network.
+        """
+        fresh = self.new_state()
+        variables = jax.tree.map(jnp.array, jax.device_get(variables))
+        stats = variables.get("batch_stats", {})
+        given = fresh.replace(params=variables["params"], batch_stats=stats)
+        if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, fresh):
+            raise InputError("the variables to start from are of another network than the config's")
+        return given
+
 
 def set_up(config: ConfigDict) -> Setup:
     """Checks a config and loads its data; touches nothing on disk.
@@ -76,8 +94,8 @@ def set_up(config: ConfigDict) -> Setup:
 
 
 def _set_up(config):
-    keys.check(config)
     try:
+        keys.check(config)
         return _build(config)
     except UnknownName as error:
         raise whose(error, config.modules) from None

@@ -1,0 +1,68 @@
+"""What is the result of a run, in `result.json` and as a table?"""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from resvariants.networks.summary import count_parameters
+from resvariants.training.step import TrainState
+
+
+def describe_devices() -> str:
+    """Such as "8 x NVIDIA H100"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def facts(config: ConfigDict, state: TrainState) -> dict[str, Any]:
+    """What a result says whether the network was trained here or not."""
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "num_params": count_parameters(state.params),
+        "seed": config.seed,
+        "devices": describe_devices(),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("resvariants", "jax", "flax", "optax", "orbax-checkpoint")
+            },
+        },
+    }
+
+
+def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What matters of a result, as (name, value)."""
+    table = [
+        ("model", result["model"]),
+        ("parameters", f"{result['num_params']:,}"),
+        ("data set", result["dataset"]),
+        ("steps (epochs)", f"{result['steps']:,} ({result['epochs']:.1f})"),
+        ("seed", str(result["seed"])),
+        ("training error, last epoch", f"{result['train_error']:.2f} %"),
+    ]
+    if "val_error" in result:
+        table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
+    table.append(("test error, last epoch", f"{result['test_error']:.2f} %"))
+    if "origin" in result:  # not trained here
+        return [*table, ("weights", result["origin"]["file"])]
+    table += [
+        ("compilation", f"{result['compile_seconds']:.1f} s"),
+        ("training", f"{result['train_seconds']:.1f} s"),
+        ("images per second", f"{result['images_per_second']:,.0f}"),
+        ("devices", result["devices"]),
+    ]
+    return table
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints (name, value) pairs as a table."""
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

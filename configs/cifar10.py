@@ -6,7 +6,7 @@
 
 Stochastic depth has `configs/stochastic_depth.py`. DenseNets trained without augmentation have
 `--config.model.dropout_rate=0.2` in the paper. The papers' test errors are in
-`resvariants/papers.py`.
+`resvariants/networks/papers.py`.
 """
 
 from configs import default

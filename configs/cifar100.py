@@ -3,7 +3,7 @@
     python experiments/train.py --config=configs/cifar100.py:resnet164 \
         --config.dataset.data_dir=data --workdir=runs/resnet164
 
-The papers' test errors are in `resvariants/papers.py`.
+The papers' test errors are in `resvariants/networks/papers.py`.
 """
 
 from configs import cifar10

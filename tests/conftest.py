@@ -13,7 +13,28 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import pytest
 from repository import ROOT
+
+from resvariants import registers
+from resvariants.data.augmentation import AUGMENTATIONS
+from resvariants.data.sets import DATA_SETS
+from resvariants.networks.zoo import ZOO
+from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES
 
 sys.path.insert(0, str(ROOT))  # for configs/
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def registers_as_before(monkeypatch):
+    """What a test registers, and the modules that it imports for that, are gone after it."""
+    kinds = (ZOO, DATA_SETS, OPTIMIZERS, SCHEDULES, AUGMENTATIONS)
+    before = [dict(kind) for kind in kinds]
+    monkeypatch.setattr(registers, "IMPORTED", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield kinds
+    for kind, entries in zip(kinds, before, strict=True):
+        kind.clear()
+        kind.update(entries)
+    sys.modules.pop("my_parts", None)

@@ -12,12 +12,9 @@ from ml_collections import ConfigDict
 import resvariants as rv
 from configs import default
 from resvariants import InputError, registers
-from resvariants.data.augmentation import AUGMENTATIONS
-from resvariants.data.sets import DATA_SETS
-from resvariants.networks.zoo import ZOO
 from resvariants.training import evaluation, loop
 from resvariants.training.keys import default_config
-from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.setup import set_up
 
 MODULE = '''
@@ -68,21 +65,12 @@ def my_noise(key, images, *, deviation=0.1):
 '''
 
 
-REGISTERS = (ZOO, DATA_SETS, OPTIMIZERS, SCHEDULES, AUGMENTATIONS)
-
-
 @pytest.fixture
-def own_parts(tmp_path, monkeypatch):
-    """The module's file; what it registers is gone after the test."""
-    before = [dict(register) for register in REGISTERS]
-    monkeypatch.setattr(registers, "IMPORTED", [])
+def own_parts(tmp_path, registers_as_before):
+    """The module's file."""
     path = tmp_path / "my_parts.py"
     path.write_text(MODULE)
-    yield path
-    sys.modules.pop("my_parts", None)
-    for register, entries in zip(REGISTERS, before, strict=True):
-        register.clear()
-        register.update(entries)
+    return path
 
 
 def config():
@@ -122,10 +110,12 @@ def test_own_parts_train_resume_and_evaluate_like_the_built_in_ones(own_parts, t
     assert found["error"] == result["test_error"] and found["images"] == 12
 
 
-def test_a_workdir_imports_nothing_and_says_which_module_to_give(own_parts, tmp_path, monkeypatch):
+def test_a_workdir_imports_nothing_and_says_which_module_to_give(
+    own_parts, registers_as_before, tmp_path, monkeypatch
+):
     registers.import_modules([str(own_parts)])
     loop.train(config(), tmp_path / "run")
-    for register in REGISTERS:
+    for register in registers_as_before:
         for name in [name for name in register if name.startswith("my_")]:
             del register[name]
     monkeypatch.setattr(registers, "IMPORTED", [])

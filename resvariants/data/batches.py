@@ -1,7 +1,7 @@
 """How does a data set become batches? Whole on the device as uint8, sampled and augmented there.
 
 Which images a step sees, and how they are augmented, is a function of (seed, step) alone. What is
-streamed (`resvariants.stream`) is augmented by the same functions.
+streamed (`resvariants.data.stream`) is augmented by the same functions.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which networks exist by name, and what is each?"""
+"""ResNeXt (Xie et al. 2016): its networks, and its three forms made of each other."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -30,7 +30,7 @@ def resnext(
     Args:
       stage_sizes: blocks per stage; three stages for CIFAR, four for ImageNet.
       cardinality, base_width: C and d: paths, and each one's inner channels in the first stage.
-      form: "a", "b" or "c" (see `resvariants.resnext`).
+      form: "a", "b" or "c" (see `ResNeXtBlock`).
       options: further attributes of `ResNet`, such as `stem=ImageNetStem`.
 
     Raises:

@@ -14,7 +14,7 @@ PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_snippets_run(page, tmp_path, monkeypatch):
+def test_snippets_run(page, tmp_path, monkeypatch, registers_as_before):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     monkeypatch.chdir(tmp_path)
     for name, file in (("resnet20", "resnet20"), ("resnet50_v1_5", "resnet50")):

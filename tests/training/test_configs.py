@@ -132,6 +132,12 @@ def test_the_table_documents_every_allowed_value(key, allowed):
         assert re.search(rf"\b{value}\b", line), f"{line}: {value} is missing"
 
 
+def test_the_documentation_has_the_table():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    command = "python -c 'from resvariants.training import keys; print(keys.table())'"
+    assert keys.table() in page, f"write there what this prints: {command}"
+
+
 # The recipes
 
 HE_2015 = {  # section 4.2

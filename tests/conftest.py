@@ -7,7 +7,7 @@ import sys
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=1",
         "--xla_cpu_use_fusion_emitters=false",
     )
 )

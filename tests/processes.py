@@ -13,7 +13,7 @@ import optax
 from flax import serialization, traverse_util
 
 from resvariants import create_model
-from resvariants.processes import is_main, local_rows, to_host
+from resvariants.processes import is_main, local_rows, start, to_host
 from resvariants.training.parallel import make_parallel
 from resvariants.training.step import create_state, train_step
 
@@ -21,7 +21,7 @@ from resvariants.training.step import create_state, train_step
 def main(out, dtype, steps, coordinator=None, processes="1", process="0"):
     """Writes the state and the last metrics after `steps` steps to `out` (NumPy's .npz)."""
     jax.config.update("jax_enable_x64", dtype == "float64")
-    processes.start(coordinator, int(processes), int(process))
+    start(coordinator, int(processes), int(process))
     chosen = make_parallel("jit", sync_batch_norm=True)
     model = create_model("preact_resnet20", survival_probability=0.5)
     optimizer = optax.sgd(0.01, 0.9)

@@ -43,7 +43,7 @@ class Workdir:
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
             raise InputError(f"cannot write workdir {path}: {ancestor} is no writable folder")
         if (path / "config.json").exists():
-            there = keys.completed(read_json(path / "config.json"))
+            there = _read_values(path)
             _refuse_differences(path, self._config, there)
             if (path / "result.json").exists():
                 return read_json(path / "result.json")
@@ -142,8 +142,15 @@ def read_config(path: Path) -> ConfigDict:
     """
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no workdir: it has no config.json (train.py makes workdirs)")
+    return ConfigDict(_read_values(path))
+
+
+def _read_values(path):
+    # Of the config in a workdir, as those of this version are.
     try:
-        return ConfigDict(keys.completed(read_json(path / "config.json")))
+        return keys.completed(read_json(path / "config.json"))
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{path / 'config.json'} is no config: {error}") from error
 

@@ -9,6 +9,7 @@ from repository import ROOT
 
 from resvariants import __main__
 from resvariants.networks import zoo
+from resvariants.training.keys import OPEN
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +39,8 @@ def test_every_key_that_the_readme_sets_exists():
     keys = re.findall(r"--config\.([\w.]+)", README)
     assert keys
     for key in keys:
+        if key.rpartition(".")[0] in OPEN:
+            continue
         node = config
         for part in key.split("."):
             assert part in node, key

@@ -1,7 +1,6 @@
 """Backbones: what their stages give, dilation in place of strides, BatchNorm left alone."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from resvariants.networks.resnet import ImageNetStem
 from resvariants.networks.shortcuts import SHORTCUTS
 from resvariants.networks.summary import abstract_variables, feature_info
 from resvariants.networks.vgg import VGG
+from resvariants.training.keys import default_config
 from resvariants.training.optimizer import make_optimizer
 from resvariants.training.step import TrainState, eval_step, train_step
 
@@ -117,9 +117,8 @@ def test_frozen_normalisation_is_left_alone_and_the_rest_trained(family):
     variables = random_variables(model, (8, 8, 3))
     params, stats = variables["params"], variables["batch_stats"]
     batch = {"image": images(4, 8, 8, 3), "label": jnp.arange(4), "mask": jnp.ones(4, bool)}
-    settings = SimpleNamespace(
-        momentum=0.9, nesterov=False, weight_decay=0.1, weight_decay_parameters="", clip_norm=None
-    )
+    settings = default_config().optimizer
+    settings.weight_decay, settings.weight_decay_parameters = 0.1, ""
     optimizer = make_optimizer(settings, lambda step: 0.1, frozen_norm=True)
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0))

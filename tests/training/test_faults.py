@@ -354,7 +354,7 @@ def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path):
     """The lock is of the process: it goes with it, however it ends."""
     holder = (
         "import sys, time; from pathlib import Path; from configs import digits;"
-        "from resvariants.workdir import Workdir;"
+        "from resvariants.training.workdir import Workdir;"
         "lock = Workdir(Path(sys.argv[1]), digits.get_config()).writing(); lock.__enter__();"
         "print('held', flush=True); time.sleep(600)"
     )

@@ -1,0 +1,42 @@
+"""Runs that earlier versions have written: `fixtures/run_VERSION`."""
+
+import shutil
+
+import pytest
+from ml_collections import ConfigDict
+from repository import ROOT
+from runs import rows
+
+from resvariants.training import evaluation, loop
+from resvariants.training.workdir import read_config, read_result
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A copy of a run of 0.1.0: sixty steps of resnet14 on the digits, with stochastic depth."""
+    return shutil.copytree(ROOT / "tests" / "fixtures" / "run_0.1.0", tmp_path / "run")
+
+
+def test_it_evaluates_to_the_same_figures(earlier):
+    result = read_result(earlier)
+    assert result["versions"]["resvariants"] == "0.1.0"
+    last = [row for row in rows(earlier) if row["split"] == "test"][-1]
+    found = evaluation.evaluate(earlier, "test")
+    assert found["step"] == result["steps"] == last["step"]
+    assert found["error"] == result["test_error"]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_the_same_command_says_that_it_is_finished(earlier, capsys):
+    config = ConfigDict(read_config(earlier).to_dict())
+    assert loop.train(config, earlier) == read_result(earlier)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_it_goes_on_from_its_checkpoint(earlier):
+    """As if it had been killed between its last checkpoint and its result."""
+    result = read_result(earlier)
+    (earlier / "result.json").unlink()
+    again = loop.train(read_config(earlier), earlier)
+    assert again["test_error"] == result["test_error"]
+    assert again["train_error"] == result["train_error"]

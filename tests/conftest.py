@@ -1,20 +1,14 @@
-"""Eight virtual devices, and JAX's strictest settings, for every test."""
+"""Four virtual devices, and JAX's strictest settings, for every test."""
 
 import os
 import sys
 
-# Compiled quickly rather than well: a test runs for seconds what took minutes to optimise.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=1",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
-)
+from repository import QUICKLY, ROOT
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICKLY}"
 
 import jax
 import pytest
-from repository import ROOT
 
 from resvariants import registers
 from resvariants.data.augmentation import AUGMENTATIONS

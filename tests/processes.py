@@ -23,7 +23,7 @@ def main(out, dtype, steps, coordinator=None, processes="1", process="0"):
     jax.config.update("jax_enable_x64", dtype == "float64")
     start(coordinator, int(processes), int(process))
     chosen = make_parallel("jit", sync_batch_norm=True)
-    model = create_model("preact_resnet20", survival_probability=0.5)
+    model = create_model("preact_resnet14", survival_probability=0.5)
     optimizer = optax.sgd(0.01, 0.9)
     state = create_state(model, optimizer, 0, (8, 8, 3))
     state = jax.tree.map(

@@ -1,5 +1,7 @@
-"""Where the repository lies."""
+"""Where the repository lies, and how its tests compile."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+#: Quickly rather than well, for programs that run for seconds; at level 0 they run too slowly.
+QUICKLY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"

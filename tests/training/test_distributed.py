@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from repository import ROOT
+from repository import QUICKLY, ROOT
 
 from resvariants import InputError
 from resvariants.processes import start
@@ -23,7 +23,7 @@ def free_port():
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY}"
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 

@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from repository import ROOT
+from repository import QUICKLY, ROOT
 
 from configs import digits
-from resvariants import InputError
+from resvariants import InputError, registers
 from resvariants.data import sets
 from resvariants.data.splits import Source, Split
 from resvariants.training import loop
@@ -20,13 +20,14 @@ from resvariants.training import loop
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare
 import degradation
+import evaluate
 import growth
 import lesion
 import paths
 import responses
 import stochastic_depth
 import sweep
-from common import recipes, runs
+from common import commandline, recipes, runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -281,7 +282,7 @@ def test_a_study_is_a_program(finished, tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+            env={**os.environ, "XLA_FLAGS": QUICKLY},
         )
 
     done = program("--workdirs", finished, "--out=out", "--images=9")
@@ -355,6 +356,39 @@ def test_a_job_is_the_command_that_trains_the_same_config(tmp_path):
     (job,) = recipes.jobs([spec], parser.parse_args(arguments))
     with loop.Workdir(job.path, job.config).writing():
         pass
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     subprocess.run(sweep.command(job, "configs/digits.py"), cwd=ROOT, env=environment, check=True)
     assert runs.read_run(job.path).result["steps"] == 1
+
+
+OWN = """
+import resvariants
+
+@resvariants.register_model("my_net", image_shape=(8, 8, 1))
+def my_net(num_classes, *, depth=14):
+    return resvariants.create_model(f"resnet{depth}", num_classes)
+"""
+
+
+def test_programs_know_parts_of_ones_own_by_their_module(tmp_path, start, registers_as_before):
+    file, out = tmp_path / "my_parts.py", tmp_path / "out"
+    file.write_text(OWN)
+    commandline._MODULES.parse_args(["--modules", str(file)])
+    parser = commandline.make_parser("A sweep.")
+    recipes.add_training_arguments(parser)
+    arguments = [f"--out={out}", "--steps=1", "--modules", str(file), "--set", "batch_size=8"]
+    arguments += ["optimizer.name=adamw", "optimizer.options.b2=0.99"]
+    (job,) = recipes.jobs(["my_net,model.options.depth=8"], parser.parse_args(arguments))
+    command = sweep.command(job, "configs/digits.py")
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    config = runs.read_run(job.path).config
+    assert config.modules == [str(file)] and config.optimizer.options.b2 == 0.99
+    printed = start(compare, "--modules", file, f"--out={out}", "--workdirs", job.path)
+    assert "| 75,002 |" in printed
+    # Without the module nothing is imported, and the message says which one to give.
+    for kind in registers_as_before:
+        kind.pop("my_net", None)
+    registers.IMPORTED.clear()
+    says = refused(start, evaluate, f"--workdir={job.path}")
+    assert f"give --modules {file}" in says

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from repository import ROOT
+from repository import QUICKLY, ROOT
 from runs import STEPS, config, final_state, rows, without_speed
 
 from resvariants import InputError
@@ -133,7 +133,7 @@ def begun(workdir, rows, arguments):
             *(f"--config.{key}={value}" for key, value in arguments.items()),
         ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": QUICKLY},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

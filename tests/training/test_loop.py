@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from repository import ROOT
+from repository import QUICKLY, ROOT
 from runs import STEPS, config, final_state, rows, without_speed
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -194,7 +194,7 @@ def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path)
 def test_compiled_programs_are_taken_from_the_cache(tmp_path):
     """In a process of one device: XLA's CPU collectives may never meet in programs from a cache."""
     cache, results = tmp_path / "cache", []
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for run in "ab":
         command = [sys.executable, "experiments/train.py", "--config=configs/digits.py:resnet8"]
@@ -382,7 +382,7 @@ PROGRAM = [sys.executable, str(ROOT / "experiments" / "train.py")]
 
 
 def program(workdir, *arguments):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     return subprocess.Popen(
         [*PROGRAM, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
@@ -429,7 +429,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     done = subprocess.run(
         [*program, "--kills=8", "--inside=4"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": QUICKLY},
         stdout=subprocess.PIPE,
         text=True,
     )

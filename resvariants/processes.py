@@ -6,6 +6,7 @@ All run the same program. Process 0 alone writes; what it reads and decides, the
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,21 @@ from resvariants.errors import InputError, RunError
 AXIS = "batch"
 
 T = TypeVar("T")
+
+
+def order_collectives(*, joined: bool = False) -> None:
+    """Has XLA's CPU backend run operations in their order; call it before anything else of JAX's.
+
+    Else those that need not wait for each other run in any order, and collectives meet others than
+    their own in another process (`joined`), or wait for ever for a virtual device
+    (`--xla_force_host_platform_device_count`) whose thread waits in another one. Where there is
+    only one device, it does nothing.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    virtual = re.search(r"host_platform_device_count=0*([2-9]|1\d)", flags)
+    ordered = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    if ordered not in flags and (joined or virtual):
+        os.environ["XLA_FLAGS"] = f"{flags} {ordered}".strip()
 
 
 def start(
@@ -38,6 +54,7 @@ def start(
     Raises:
       InputError: arguments that cannot be, or processes that do not find each other.
     """
+    order_collectives()
     count = processes
     if count is None:
         found = (os.environ.get(name) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
@@ -48,10 +65,7 @@ def start(
         return
     if count is not None and process is not None and not 0 <= process < count:
         raise InputError(f"process {process} of {count}: number them from 0 to {count - 1}")
-    # On CPUs operations that need not wait for each other run in any order, and collectives meet
-    # others than their own in another process; so do programs. Here they keep to their order.
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    order_collectives(joined=True)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator, processes, process)

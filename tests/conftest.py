@@ -1,11 +1,11 @@
-"""Four virtual devices, and JAX's strictest settings, for every test."""
+"""Eight virtual devices, and JAX's strictest settings, for every test."""
 
 import os
 import sys
 
 from repository import QUICKLY, ROOT
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICKLY}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICKLY}"
 
 import jax
 import pytest

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configs import default
 from resvariants.errors import InputError, RunError, nearest
 from resvariants.interrupts import Interrupted
-from resvariants.processes import is_main
+from resvariants.processes import is_main, order_collectives
 from resvariants.registers import import_modules
 from resvariants.training.keys import OPEN
 
@@ -49,6 +49,7 @@ def run(main: Callable[[], object]) -> None:
     Exit status 2 for bad input, 1 for a run that cannot go on, 130 after Ctrl-C and 143 after
     SIGTERM, each with one message.
     """
+    order_collectives()
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every save, and warns when it only reads
     try:
         main()

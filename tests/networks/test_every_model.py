@@ -93,8 +93,22 @@ def take_a_step(name):
     assert np.abs(new - old).max() > 0
 
 
-@pytest.mark.parametrize("name", sorted(ENTRIES.keys() - SMALL | DEEPEST))
+# As their like of fewer layers, and ten seconds of tracing each.
+LONG_TO_TRACE = {*DEEPEST, *(f"densenet{size}" for size in ("161", "201", "264", "264_k48"))}
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() - SMALL - LONG_TO_TRACE))
 def test_the_step_of_a_large_net_can_be_traced(name):
+    trace_a_step(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LONG_TO_TRACE))
+def test_the_step_of_a_net_of_hundreds_of_unlike_layers_can_be_traced(name):
+    trace_a_step(name)
+
+
+def trace_a_step(name):
     entry = ENTRIES[name]
     model = entry.build(num_classes=entry.num_classes)
     step, state, batch = step_of(model, entry, 2)

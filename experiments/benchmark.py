@@ -124,6 +124,7 @@ def main() -> None:
         help=f"of {', '.join(SECTIONS)}; all but the last",
     )
     parser.add_argument("--full", action="store_true", help="more rounds, networks and peers")
+    parser.add_argument("--rounds", type=int, help="instead of each section's own number")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch_size", type=int, help="of the accelerator section")
     parser.add_argument("--first_step", help=argparse.SUPPRESS)
@@ -141,7 +142,7 @@ def main() -> None:
     for name in args.sections:
         start = time.perf_counter()
         section, short, long, _ = SECTIONS[name]
-        rounds = long if args.full else short
+        rounds = args.rounds or (long if args.full else short)
         options = {}
         if section is accelerator_section:
             options = {"dtype": args.dtype, "batch_size": args.batch_size}

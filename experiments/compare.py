@@ -16,6 +16,7 @@ from common.recipes import add_training_arguments, chosen_networks
 from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
 from common.runs import Finished
 from resvariants.networks.papers import TEST_ERRORS
+from resvariants.training.keys import EXECUTION_KEYS
 from resvariants.training.report import plot_curves
 
 MISSION = [
@@ -29,7 +30,7 @@ MISSION = [
 def paper(finished: Finished) -> str:
     """The paper's test error of the same network, or else of it on CIFAR-10, or nothing."""
     model = finished.config.model
-    if (model.survival_schedule, model.survival_draw) != ("linear", "batch"):
+    if model.options or (model.survival_schedule, model.survival_draw) != ("linear", "batch"):
         return ""
     name, survival = model.name, model.survival_probability
     if found := TEST_ERRORS.get((finished.config.dataset.name, name, survival)):
@@ -73,7 +74,7 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
 def differences(networks: dict[str, list[Finished]]) -> list[str]:
     """A table of the config keys that differ, but for the seed."""
     configs = {name: runs[0].config for name, runs in networks.items()}
-    every = sorted(set().union(*map(keys, configs.values())) - {"seed"})
+    every = sorted(set().union(*map(keys, configs.values())) - EXECUTION_KEYS - {"seed"})
 
     def value(config, key):
         for part in key.split("."):

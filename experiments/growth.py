@@ -15,9 +15,8 @@ import numpy as np
 from common.commandline import make_parser, run
 from common.recipes import add_training_arguments, train_networks
 from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
-from resvariants import create_model
-from resvariants.data.sets import find
 from resvariants.networks.summary import summarise
+from resvariants.training.setup import set_up
 
 # A laptop's: the cost of the cardinalities is equal within 5 %.
 GROUPS = {
@@ -57,9 +56,8 @@ def main() -> None:
         points = []
         for name in names:
             runs = networks[name]
-            data_set = find(runs[0].config.dataset.name)
-            model = create_model(name, data_set.num_classes)
-            adds = summarise(model, data_set.image_shape)[-1]["multiply_adds"]
+            setup = set_up(runs[0].config)
+            adds = summarise(setup.model, setup.image_shape)[-1]["multiply_adds"]
             errors = [r.result["test_error"] for r in runs]
             points.append((runs[0].result["num_params"], np.mean(errors)))
             rows.append(

@@ -26,7 +26,8 @@ def responses(found: Finished, args: argparse.Namespace) -> np.ndarray:
     """Of each layer of the trained network, over the first test images in one batch."""
     setup, model, variables = trained(found, args.data_dir)
     function = make_layer_responses(model)
-    (batch,) = batches_of(setup, "test", args.images, args.images)
+    images = min(args.images, setup.splits["test"].size)
+    (batch,) = batches_of(setup, "test", images, images)
     return np.asarray(function(variables, batch["image"]))
 
 

@@ -30,12 +30,13 @@ from common.reports import (
     write_report,
 )
 from common.runs import Finished, batches_of, trained, variables_by_step
-from resvariants import InputError, create_model
+from resvariants import InputError
 from resvariants.analysis.lesions import is_residual
 from resvariants.analysis.responses import make_layer_gradients
 from resvariants.data.sets import find
 from resvariants.networks.gates import SURVIVAL_SCHEDULES, survival_probabilities
 from resvariants.training.report import plot_curves
+from resvariants.training.setup import set_up
 
 DRAWS = 16
 
@@ -63,13 +64,10 @@ def step_seconds(specs: list[str], networks: dict, rounds: int, steps: int) -> d
     contenders = {}
     for spec in specs:
         config = networks[spec][0].config
-        model = create_model(
-            config.model.name,
-            survival_probability=config.model.survival_probability,
-            survival_schedule=config.model.survival_schedule,
-        )
-        shape = find(config.dataset.name).image_shape
-        step, state, batch = jitted_step(model, shape, config.batch_size)
+        setup = set_up(config)
+        model = setup.model.clone(axis_name=None)
+        classes = find(config.dataset.name).num_classes
+        step, state, batch = jitted_step(model, setup.image_shape, config.batch_size, classes)
         state, _ = step(state, batch)  # compiles
         contenders[spec] = [step, jax.block_until_ready(state), batch]
     seconds: dict[str, list] = {spec: [] for spec in specs}
@@ -153,7 +151,7 @@ def main() -> None:
     )
     draw(networks, gradients, constant, args)
 
-    total = create_model(networks[constant][0].config.model.name).num_blocks
+    total = set_up(networks[constant][0].config).model.num_blocks
     rows = []
     for spec, runs in networks.items():
         model = runs[0].config.model

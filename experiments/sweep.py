@@ -25,6 +25,7 @@ from common.recipes import Job, add_training_arguments, base_recipe, jobs, liter
 from common.runs import read_run
 from compare import compare
 from resvariants import InputError
+from resvariants.training.keys import OPEN
 from resvariants.training.workdir import flat, read_json, write_json
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -51,8 +52,12 @@ def command(job: Job, config_file: str) -> list[str]:
     file, model, base = base_recipe(job.spec, config_file)
     values, defaults = flat(job.config.to_dict()), flat(base.to_dict())
     modules = values.pop("modules")
-    # (Options of the user's own parts are not in every recipe.)
-    changes = {key: value for key, value in values.items() if defaults.get(key) != value}
+    changes = {}
+    for key, value in values.items():
+        if key.rpartition(".")[0] in OPEN:  # of any kind, so that quotes must tell '8' from 8
+            changes[key] = repr(value)
+        elif value != defaults[key]:
+            changes[key] = value
     return [
         sys.executable,
         str(TRAIN),

@@ -1,7 +1,7 @@
 """Trains a network from a config, or goes on with an interrupted run.
 
 python experiments/train.py --config=configs/cifar10.py:resnet110 --workdir=runs/r110 \
-    [--config.KEY=VALUE ...]
+    [--config.KEY=VALUE ...] [--modules my_parts.py ...]
 
 The same command in every process makes one run of several: under SLURM (srun), Open MPI (mpirun)
 and in an indexed Kubernetes job by itself, elsewhere with --coordinator, --processes and --process.

@@ -20,7 +20,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("names", nargs="*", help="networks to show part by part")
     parser.add_argument("--family", help="list one family alone, such as DenseNet")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    parser.add_argument("--modules", nargs="+", default=[], help="of your own, with more networks")
+    parser.add_argument(
+        "--modules", nargs="+", action="extend", default=[], help="of your own, with more networks"
+    )
     parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     import_modules(args.modules)

@@ -39,7 +39,8 @@ def check_choice(what: str, name: str, known: Collection[str]) -> str:
     """`name`, if it is one of `known`; otherwise an InputError that gives the allowed values."""
     if not isinstance(name, str) or name not in known:
         allowed = f"allowed: {', '.join(sorted(known))}" if known else "there is none"
-        raise UnknownName(f"unknown {what} {name!r}; {allowed}")
+        raised = UnknownName if hasattr(known, "add") else InputError  # a `registers.Register`
+        raise raised(f"unknown {what} {name!r}; {allowed}")
     return name
 
 

@@ -8,11 +8,12 @@ those modules, and nothing else ever does.
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resvariants.errors import InputError, UnknownName, first_line, nearest
+from resvariants.errors import InputError, RunError, UnknownName, first_line, nearest
 
 T = TypeVar("T")
 IMPORTED: list[str] = []  # by `import_modules`, as they were named
@@ -32,12 +33,18 @@ class Register(dict[str, T]):
         Raises:
           InputError: the name is taken, or none that a command line could give.
         """
+        self.check(name)
+        self[name] = entry
+        return entry
+
+    def check(self, name: Any) -> None:
+        """Raises InputError unless `name` can be added."""
+        if not isinstance(name, str):
+            raise InputError(f'a {self.kind} is registered by its name: @register_...("my_name")')
         if name in self:
             raise InputError(f"there is a {self.kind} {name!r} already; choose another name")
         if not name or not name.replace("_", "a").replace(".", "a").isalnum():
             raise InputError(f"{self.kind} {name!r}: letters, digits, points and _ make a name")
-        self[name] = entry
-        return entry
 
 
 def check_options(
@@ -72,9 +79,11 @@ def import_modules(names: Sequence[str]) -> None:
     for name in names:
         if name in IMPORTED:
             continue
-        path = Path(name).absolute()
+        path = Path(name).resolve()
         folder, module = Path.cwd(), name
         if name.endswith(".py"):
+            if not path.is_file():
+                raise InputError(f"--modules {name}: there is no such file")
             folder, module = path.parent, path.stem
         if str(folder) not in sys.path:
             sys.path.append(str(folder))  # processes that read images look there, too
@@ -84,18 +93,39 @@ def import_modules(names: Sequence[str]) -> None:
             raise InputError(f"--modules {name}: {error}") from error
         except Exception as error:
             raise InputError(f"--modules {name} cannot be imported: {first_line(error)}") from error
-        if name.endswith(".py") and Path(found.__file__ or "").absolute() != path:
+        if name.endswith(".py") and Path(getattr(found, "__file__", None) or "").resolve() != path:
             raise InputError(
                 f"--modules {name}: there is another module {module}; give the file another name"
             )
         IMPORTED.append(name)
 
 
+def made(what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """`function(*args, **options)`; whatever it raises becomes an InputError that says where.
+
+    Options may be of a kind that nobody can check before they are used.
+    """
+    try:
+        return function(*args, **options)
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if "site-packages" not in frame.filename and frame.filename != __file__
+        ]
+        last = frames[-1] if frames else None
+        where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
+        given = f" with options {dict(options)}" if options else ""
+        raise InputError(f"{what}{given} fails: {first_line(error)}{where}") from error
+
+
 def whose(error: InputError, modules: Sequence[str]) -> InputError:
     """`error`, and which of a config's `modules` to give if an unknown name may be theirs."""
     missing = [name for name in modules if name not in IMPORTED]
     if not missing:
-        return error
+        return InputError(f"{error}. Names of your own come with --modules")
     return InputError(
         f"{error}. It may be registered by {', '.join(missing)}, with which this config was made:"
         f" if you trust that code, give --modules {' '.join(missing)}"

@@ -78,7 +78,7 @@ def schedules(draw):
 
 
 def expected_schedule(config, steps_per_epoch):
-    """The rate of every step by the words of configs/default.py, or None: it cannot be."""
+    """The rate of every step by the words of training/keys.py, or None: it cannot be."""
     scale = steps_per_epoch if config.unit == "epochs" else 1
     if config.cut_to_steps is not None and config.length > 0:
         scale = config.cut_to_steps / config.length
@@ -258,7 +258,7 @@ finals = st.floats(1e-6, 1) | st.sampled_from((0.0, -1e-9, 1 + 1e-9, math.nan, m
 
 @examples(80)
 @given(st.sampled_from(("linear", "uniform", "cubic")), depths, finals)
-def test_survival_lies_in_the_block_interval_and_never_grows_with_depth(kind, blocks, final):
+def test_survival_lies_in_the_unit_interval_and_never_grows_with_depth(kind, blocks, final):
     if kind == "cubic" or not 0 < final <= 1:
         with pytest.raises(InputError, match="survival"):
             survival_probabilities(kind, blocks, final)

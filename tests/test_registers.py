@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from runs import without_speed
 
 import resvariants as rv
 from configs import default
 from resvariants import InputError, registers
-from resvariants.training import evaluation, loop
+from resvariants.training import evaluation, log, loop
 from resvariants.training.keys import default_config
 from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.setup import set_up
@@ -93,7 +94,9 @@ def config():
     return made
 
 
-def test_own_parts_train_resume_and_evaluate_like_the_built_in_ones(own_parts, tmp_path):
+def test_own_parts_train_resume_and_evaluate_like_the_built_in_ones(
+    own_parts, tmp_path, monkeypatch
+):
     registers.import_modules([str(own_parts)])
     made = config()
     assert made.modules == (str(own_parts),)
@@ -105,6 +108,21 @@ def test_own_parts_train_resume_and_evaluate_like_the_built_in_ones(own_parts, t
     clean = set_up(config().copy_and_resolve_references())
     assert clean.training_batches()[0]["image"].shape == batches[0]["image"].shape
     result = loop.train(made, tmp_path / "run")
+    # The same, stopped behind its first checkpoint.
+    observe = log.Log.step
+
+    def interrupted(self, step, metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(), tmp_path / "resumed")
+    resumed = loop.train(config(), tmp_path / "resumed")
+    assert without_speed(tmp_path / "resumed") == without_speed(tmp_path / "run")
+    assert resumed["test_error"] == result["test_error"]
     found = evaluation.evaluate(tmp_path / "run", "test")
     assert result["model"] == "my_net" and result["dataset"] == "my_set"
     assert found["error"] == result["test_error"] and found["images"] == 12
@@ -130,7 +148,7 @@ def test_augmentations_of_ones_own_come_last_and_follow_seed_and_step(own_parts)
     registers.import_modules([str(own_parts)])
     made = config()
     noisy = [set_up(made).training_batches() for _ in range(2)]
-    made.dataset.augmentation = ""
+    made.dataset.augmentation, made.dataset.augmentation_options = "", ConfigDict()
     clean = set_up(made).training_batches()
     differences = []
     for step in (0, 1):
@@ -145,7 +163,9 @@ def test_augmentations_of_ones_own_come_last_and_follow_seed_and_step(own_parts)
     ("key", "value", "message"),
     [
         ("model.options", {"widht": 3}, "my_net has no option 'widht'; it has .*width"),
-        ("model.options", {"remat": "block"}, r"model\.options\.remat: the config says that"),
+        ("model.options", {"remat": "block"}, r"model\.options\.remat: that is said elsewhere"),
+        ("model.options", {"name": "x"}, r"model\.options\.name: that is said elsewhere"),
+        ("dataset.options", {"data_dir": "x"}, "data set my_set has no option 'data_dir'"),
         ("dataset.options", {"size": 3}, "data set my_set has no option 'size'; it has count"),
         ("dataset.augmentation_options", {"x": 1}, "my_noise has no option 'x'; it has deviation"),
         ("optimizer.options", {"b1": 0.5}, "optimizer my_sgd has no option 'b1'; it has scale"),
@@ -202,6 +222,9 @@ def test_a_name_is_registered_once(own_parts):
     ):
         with pytest.raises(InputError, match=f"there is a .* '{name}' already"):
             register(name)(lambda *args: None)
+    for name in ("resnet8", "densenet22_k6"):  # of another size, which has a name all the same
+        with pytest.raises(InputError, match=f"there is a model '{name}' already"):
+            rv.register_model(name)
     with pytest.raises(InputError, match="letters, digits, points and _ make a name"):
         rv.register_model("my net")(lambda num_classes: None)
 
@@ -269,3 +292,114 @@ def test_own_schedules_count_from_the_end_of_the_warmup(own_parts):
     np.testing.assert_allclose(
         [rate(1), rate(2), rate(6), rate(9)], [0.01, 0.1, 0.05, 0.0125], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_every_stacked_layer_has_a_rate_of_its_own(name):
+    """As Optax's own optimiser has it for layers apart."""
+    section = default_config().optimizer
+    section.name, section.weight_decay = name, 0.1
+    rng = np.random.default_rng(0)
+    params, gradients = (
+        [scale * jnp.asarray(rng.normal(size=(3, 2)), jnp.float32) for scale in (1.0, 10.0, 0.1)]
+        for _ in range(2)
+    )
+
+    def moved(optimizer, params, gradients):
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    def tree(leaves):
+        stacked = {"conv": {"kernel": jnp.stack(leaves[:2])}}
+        return {"stage": {"rest": stacked}, "head": {"kernel": leaves[2]}}
+
+    ours = moved(make_optimizer(section, lambda step: 0.5), tree(params), tree(gradients))
+    theirs = {
+        "lamb": optax.lamb(0.5, weight_decay=0.1),
+        "lars": optax.lars(0.5, 0.1, momentum=section.momentum),
+    }[name]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        ours,
+        tree(moved(theirs, params, gradients)),
+    )
+
+
+BROKEN = """
+import jax.numpy as jnp
+
+import resvariants as rv
+
+
+@rv.register_augmentation("wider")
+def wider(key, images):
+    return jnp.pad(images, ((0, 0), (1, 1), (0, 0), (0, 0)))
+
+
+@rv.register_augmentation("scaled")
+def scaled(key, images, *, scale=1.0):
+    return images * scale
+
+
+@rv.register_schedule("rising")
+def rising(schedule, length, milestones):
+    return None
+
+
+@rv.register_model("maps", image_shape=(8, 8, 1))
+def maps(num_classes, *, width=16):
+    return rv.BasicBlock(width)
+
+
+@rv.register_dataset("nothing", image_shape=(8, 8, 1), num_classes=10)
+def nothing(data_dir, *, count=3):
+    return jnp.zeros(count)
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"dataset.augmentation": "wider"}, r"float32 \(2, 10, 8, 1\) of float32 \(2, 8, 8, 1\)"),
+        (
+            {"dataset.augmentation": "scaled", "dataset.augmentation_options.scale": "x"},
+            r"augmentation scaled .*fails: TypeError: .*my_parts\.py, line 14",
+        ),
+        ({"dataset.augmentation_options.scale": 1.0}, r"no use without dataset\.augmentation"),
+        ({"schedule.kind": "rising"}, "schedule rising fails: TypeError"),
+        ({"model.name": "maps"}, r"model maps gives \(1, 8, 8, 16\) .* must be \(1, 10\)"),
+        (
+            {"model.name": "maps", "model.options.width": "x"},
+            "model maps with options {'width': 'x'} fails: TypeError",
+        ),
+        (
+            {"dataset.name": "nothing", "dataset.options.count": "x"},
+            r"data set nothing with options {'count': 'x'} fails: .*my_parts\.py, line 29",
+        ),
+        ({"optimizer.name": "adamw", "optimizer.options.b1": "x"}, "optimizer adamw fails: "),
+        ({"model.options.stem_features": "x"}, "model resnet20 with options .* fails: "),
+    ],
+)
+def test_parts_that_do_not_work_are_refused_before_anything_is_written(
+    own_parts, tmp_path, values, says
+):
+    own_parts.write_text(BROKEN)
+    registers.import_modules([str(own_parts)])
+    made = default.get_config()
+    made.update_from_flattened_dict(values)
+    with pytest.raises(InputError, match=says):
+        loop.train(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_decorators_ask_for_a_name(own_parts):
+    for register in (rv.register_model, rv.register_optimizer, rv.register_augmentation):
+        with pytest.raises(InputError, match="is registered by its name"):
+            register(lambda num_classes: None)(None)
+    with pytest.raises(InputError, match="it needs at least one"):
+        rv.register_dataset("empty", image_shape=(8, 8, 1), num_classes=0)
+    with pytest.raises(InputError, match="there is no such file"):
+        registers.import_modules(["nowhere.py"])

@@ -131,6 +131,8 @@ def _parse_flags(argv):
 def check_key(key: str) -> None:
     """Raises InputError if no config has `key`."""
     known = keys(default.get_config())
+    if key == "modules":
+        raise InputError("--config.modules says only what was imported; give --modules instead")
     if key not in known and key.rpartition(".")[0] not in OPEN:
         raise InputError(
             f"unknown config key {key!r}; nearest: {nearest(key, known)}"

@@ -17,10 +17,11 @@ from common.commandline import check_key, no_such_config
 from common.runs import Finished, read_run
 from resvariants import InputError
 from resvariants.training import loop
+from resvariants.training.keys import EXECUTION_KEYS
 from resvariants.training.log import TrainingDiverged
 from resvariants.training.parallel import check_batch_size
 from resvariants.training.setup import set_up
-from resvariants.training.workdir import Workdir
+from resvariants.training.workdir import Workdir, flat
 
 
 def add_training_arguments(
@@ -221,6 +222,7 @@ def chosen_networks(
         raise InputError("--workdirs: each run can be there once")
     groups: dict[str, list[Finished]] = {}
     for finished in map(read_run, args.workdirs):
-        config = json.loads(finished.config.to_json())
-        groups.setdefault(json.dumps({**config, "seed": None}), []).append(finished)
+        config = flat(json.loads(finished.config.to_json()))
+        same = {key: config[key] for key in config.keys() - EXECUTION_KEYS - {"seed"}}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(finished)
     return {str(group[0].path): group for group in groups.values()}

@@ -40,7 +40,10 @@ def read_run(path: Path) -> Finished:
 def on_one_device(setup: Setup, state: TrainState) -> tuple[Any, Any]:
     """The network and its variables for looking into, whatever devices it was trained on."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return setup.model.clone(axis_name=None), jax.device_put(variables, jax.devices()[0])
+    model = setup.model
+    if hasattr(model, "axis_name"):
+        model = model.clone(axis_name=None)
+    return model, jax.device_put(variables, jax.devices()[0])
 
 
 def trained(run: Finished, data_dir: str | None = None) -> tuple[Setup, Any, Any]:

@@ -134,8 +134,10 @@ def make_augmentation(dataset: Any, channels: int) -> Augmentation:
       InputError: it cannot be done to them, or there is no augmentation or option of that name.
     """
     after = None
+    options = dict(dataset.augmentation_options)
+    if options and not dataset.augmentation:
+        raise InputError("dataset.augmentation_options are of no use without dataset.augmentation")
     if dataset.augmentation:
-        options = dict(dataset.augmentation_options)
         function = choose("dataset.augmentation", dataset.augmentation, AUGMENTATIONS)
         check_options(f"augmentation {dataset.augmentation}", function, options)
         after = partial(function, **options)

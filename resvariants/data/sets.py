@@ -11,12 +11,12 @@ import numpy as np
 
 from resvariants.data.folders import class_names, image_root, read_folder
 from resvariants.data.records import read_records
-from resvariants.data.splits import DataSet, Source, Split, Stream
+from resvariants.data.splits import DataSet, Source, Split
 from resvariants.errors import InputError
-from resvariants.registers import Register, check_options, unknown
+from resvariants.registers import Register, check_options, made, unknown
 
 
-def load(name: str, data_dir: str | None = None, **options: Any) -> Source:
+def load(name: str, data_dir: str | None = None, /, **options: Any) -> Source:
     """Reads a whole data set into memory, or opens one that is streamed.
 
     `data_dir` is where it was prepared (None: TFDS's own default); `digits` needs none. `svhn`
@@ -31,7 +31,8 @@ def load(name: str, data_dir: str | None = None, **options: Any) -> Source:
     check_options(f"data set {name}", entry.read or read_records, options)
     if entry.read is None:
         return read_records(name, entry, data_dir)
-    return _checked(name, entry, entry.read(data_dir, **options))
+    read = made(f"data set {name}", entry.read, data_dir, **options)
+    return _checked(name, entry, read)
 
 
 def find(name: str, data_dir: str | None = None, image_size: int | None = None) -> DataSet:
@@ -63,8 +64,12 @@ def register_dataset(
         @register_dataset("stripes", image_shape=(8, 8, 1), num_classes=2)
         def stripes(data_dir, *, count=1000): ...
 
-    Raises InputError if the name is taken.
+    Raises InputError if the name is taken, or there are no classes.
     """
+
+    DATA_SETS.check(name)
+    if num_classes < 1:
+        raise InputError(f"data set {name!r} has {num_classes} classes; it needs at least one")
 
     def register(read):
         DATA_SETS.add(name, DataSet(image_shape, num_classes, read=read))
@@ -75,10 +80,10 @@ def register_dataset(
 
 def _checked(name, entry, source):
     # What somebody's own function gives, as the rest needs it.
+    if entry.streamed:
+        return source
     try:
         train, test = source
-        if isinstance(train, Stream):
-            return source
         train, test = (Split(*map(np.asarray, part)) for part in (train, test))
     except (TypeError, ValueError) as error:
         raise InputError(
@@ -89,7 +94,7 @@ def _checked(name, entry, source):
         if images.dtype != np.uint8 or images.shape[1:] != entry.image_shape or not len(images):
             raise InputError(
                 f"data set {name} has images {images.dtype} {images.shape}; they must be uint8 (n,"
-                f" {', '.join(map(str, entry.image_shape))})"
+                f" {', '.join(map(str, entry.image_shape))}), and at least one"
             )
         sound = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
         if not sound or labels.min() < 0 or labels.max() >= entry.num_classes:

@@ -35,6 +35,8 @@ def local_response_norm(x: jax.Array) -> jax.Array:
 class AlexNet(nn.Module):
     """Five convolutions and fully connected layers (Krizhevsky et al. 2012, 3.5).
 
+    `AlexNet((64, 192, 384, 256, 256), 1000)(x, train=True)`: (n, 224, 224, 3) -> (n, 1000).
+
     Attributes:
       features: channels of the convolutions.
       num_classes: length of the logits; 0 gives the features before the classifier instead.

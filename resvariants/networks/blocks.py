@@ -245,7 +245,8 @@ class BottleneckBlock(Block):
 
     Attributes:
       strided_conv: which of the three carries the stride: 1 as in the authors' Caffe models, 2 as
-        in fb.resnet.torch and torchvision. The others are those of `Block`; the shortcut is B.
+        in fb.resnet.torch and torchvision. The others are those of `Block` but `branch`; the
+        shortcut is B.
     """
 
     branch: Callable[..., jax.Array] = bottleneck_branch
@@ -298,8 +299,8 @@ class ResNeXtBlock(Block):
       cardinality, base_width: C and d: paths, and each one's inner channels at 256 features, as
         much wider as the block is.
       form: "a", every path written out; "b", paths concatenated; "c", one grouped convolution.
-        All compute the same (see `resnext.convert_form`). The others are those of `Block`; the
-        shortcut is option B.
+        All compute the same (see `resnext.convert_form`). The others are those of `Block` but
+        `branch`; the shortcut is option B.
     """
 
     shortcut: Any = "B"
@@ -326,7 +327,7 @@ class HighwayBlock(Block):
 
     Attributes:
       transform_bias: the bias of T at first; more negative for deeper nets. The others are those of
-        `Block`; a `conv` of your own needs biases.
+        `Block` but `weights`; a `conv` of your own needs biases.
     """
 
     norm: ModuleFactory | None = no_norm

@@ -179,6 +179,9 @@ def check_compression(compression: float) -> None:
 class DenseNet(nn.Module):
     """A stem, dense blocks with transitions between them, BN-ReLU, average pooling, a classifier.
 
+    (Huang et al. 2017, section 3.) `DenseNet((12, 12, 12), growth_rate=12, num_classes=10)(x,
+    train=True)`: (n, 32, 32, 3) -> (n, 10).
+
     Attributes:
       block_sizes: layers in each dense block.
       growth_rate: k, the channels that a layer adds.

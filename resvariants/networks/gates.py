@@ -183,9 +183,10 @@ def draw_exactly(key: jax.Array, num_blocks: int, kept: int) -> jax.Array:
 
 
 class StochasticDepth(nn.Module):
-    """Somebody's own residual branch, dropped at random while training (Huang et al. 2016).
+    """Somebody's own residual branch, dropped at random while training (Huang et al. 2016, 3).
 
-    `x + StochasticDepth(branch, 0.8)(x, train=train)`. Each batch's draw, from the rng stream
+    `StochasticDepth(nn.Dense(16), 0.8)(x, train=True)`: (n, 32, 32, 16) -> (n, 32, 32, 16), which
+    is added to x. Each batch's draw, from the rng stream
     `stochastic_depth`, keeps or skips the whole branch: when skipped, its work is saved and its
     variables stay put. In evaluation the branch is scaled by its survival probability.
 

@@ -99,7 +99,10 @@ INCEPTIONS = {
 
 
 class GoogLeNet(nn.Module):
-    """Nine Inception modules, and two auxiliary classifiers while training (Szegedy et al. 2014).
+    """Nine Inception modules, and two auxiliary classifiers while training (Szegedy et al. 2014,
+    table 1).
+
+    `GoogLeNet(1000)(x, train=True)`: (n, 224, 224, 3) -> (n, 1000).
 
     In training the auxiliary logits are sown into the collection `auxiliary_logits`, where the
     train step finds them.

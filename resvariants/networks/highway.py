@@ -152,7 +152,7 @@ def fully_connected_net(
     """The nets of the optimisation study (Srivastava et al. 2015, 3.1).
 
     Args:
-      depth: layers before the softmax: an ordinary one and depth - 1 highway layers of 50 blocks,
+      depth: layers before the softmax: an ordinary one and depth - 1 highway layers of 50 units,
         or with `plain` ordinary layers of 71 units, which have as many parameters.
       options: further attributes of `HighwayNet`. `transform_bias` is -4 unless given, with which a
         hundred layers train (at -2 their signal fades); the paper's best of -1 to -10 is -2 for 50

@@ -66,6 +66,9 @@ ImageNetStem = partial(Stem, kernel_size=7, strides=2, pool=True)
 class ResNet(nn.Module):
     """A stem, stages of residual (or plain) blocks, global average pooling and a linear classifier.
 
+    (He et al. 2015, section 3.3.) `ResNet((3, 3, 3), (16, 32, 64), num_classes=10)(x, train=True)`:
+    (n, 32, 32, 3) -> (n, 10).
+
     Collections `params` and `batch_stats`; rng stream `stochastic_depth` if `survival_probability`
     is below 1, and `dropout` if the blocks have any.
 
@@ -292,21 +295,23 @@ def cifar_resnet(
         check_choice("weights", weights, WEIGHTS)
     block = partial(
         kind,
-        **shortcut_or_plain(shortcut, plain),
+        **shortcut_or_plain(shortcut, plain, share_preactivation),
         placement=placement,
         weights=weights,
-        share_preactivation=share_preactivation,
     )
     final = choose("placement", placement, PLACEMENTS).before
     return ResNet((n, n, n), widths, num_classes, block, final, **options)
 
 
-def shortcut_or_plain(shortcut: str, plain: bool) -> dict[str, Any]:
+def shortcut_or_plain(shortcut: str, plain: bool, share: bool | None = None) -> dict[str, Any]:
     """A block's attributes with a shortcut, or without. A plain block has no parameters besides its
     branch: where a gate skips it, option A stands in.
     """
     check_choice("shortcut", shortcut, SHORTCUTS)
-    return {"merge": plain_merge, "shortcut": "A"} if plain else {"shortcut": shortcut}
+    if share is None:  # also in a plain net, as in the residual one that it is the twin of
+        share = not shortcut.startswith("A")
+    kind = {"merge": plain_merge, "shortcut": "A"} if plain else {"shortcut": shortcut}
+    return kind | {"share_preactivation": share}
 
 
 def blocks_per_stage(depth: int, layers: int) -> int:

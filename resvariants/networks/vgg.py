@@ -27,6 +27,8 @@ gaussian = nn.initializers.normal(0.01)
 class VGG(nn.Module):
     """Stages of 3x3 convolutions with max pooling after each (Simonyan & Zisserman 2014, table 1).
 
+    `VGG((1, 1, 2), (64, 128, 256), 10, hidden=())(x, train=True)`: (n, 32, 32, 3) -> (n, 10).
+
     Convolutions have He initialisation (the paper begins deep nets with the layers of a shallow
     one), fully connected layers a normal one of deviation 0.01.
 

@@ -249,8 +249,12 @@ def register_model(
       image_shape, num_classes: of the data set that it was made for.
 
     Raises:
-      InputError: the name is taken.
+      InputError: the name is taken, or one of a family's (see `find`).
     """
+
+    ZOO.check(name)
+    if _of_another_size(name) is not None:
+        raise InputError(f"there is a model {name!r} already; choose another name")
 
     def register(build):
         ZOO.add(name, Entry(build, image_shape, num_classes, paper, family))

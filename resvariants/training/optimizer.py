@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import optax
 from flax import traverse_util
 
@@ -134,27 +135,43 @@ def adamw(optimizer, learning_rate, decay_mask, *, b1=0.9, b2=0.999, eps=1e-8):
     return optax.adamw(learning_rate, b1, b2, eps, nesterov=optimizer.nesterov, **decay)
 
 
+def _trust_ratio(**options):
+    # Optax's, of each layer by itself where a stage's blocks are stacked.
+    inner = optax.scale_by_trust_ratio(**options)
+
+    def scale(update, param):
+        return inner.update(update, inner.init(param), param)[0]
+
+    def by_layer(path, update, param):
+        stacked = any(getattr(key, "key", None) == "rest" for key in path)
+        return (jax.vmap(scale) if stacked else scale)(update, param)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(by_layer, updates, params)
+    )
+
+
 @register_optimizer("lamb")
 def lamb(optimizer, learning_rate, decay_mask, *, b1=0.9, b2=0.999, eps=1e-6):
-    """Adam's direction at a rate for each array (You et al. 2020)."""
-    return optax.lamb(
-        learning_rate, b1, b2, eps, weight_decay=optimizer.weight_decay, mask=decay_mask
-    )
+    """Adam's direction at a rate for each layer's array (You et al. 2020): `optax.lamb`."""
+    return [
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        _trust_ratio(),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
 
 
 @register_optimizer("lars")
 def lars(optimizer, learning_rate, decay_mask, *, trust_coefficient=0.001, eps=0.0):
-    """SGD with a rate for each array that decays (You et al. 2017); others have SGD's own."""
-    return optax.lars(
-        learning_rate,
-        optimizer.weight_decay,
-        decay_mask,
-        trust_coefficient,
-        eps,
-        decay_mask,
-        optimizer.momentum,
-        optimizer.nesterov,
-    )
+    """SGD with a rate for each layer's array that decays (You et al. 2017): `optax.lars`."""
+    ratio = _trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
+    return [
+        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        optax.masked(ratio, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.trace(optimizer.momentum, optimizer.nesterov),
+    ]
 
 
 def make_optimizer(

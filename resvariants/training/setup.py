@@ -16,9 +16,8 @@ from resvariants.data.batches import TrainingBatches, evaluation_batches, split_
 from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError, UnknownName
 from resvariants.networks import zoo
-from resvariants.networks.summary import abstract_variables
 from resvariants.processes import agreed
-from resvariants.registers import whose
+from resvariants.registers import made, whose
 from resvariants.training import keys
 from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.parallel import Parallel, make_parallel
@@ -26,16 +25,11 @@ from resvariants.training.step import TrainState, create_state
 
 # Options of networks that have keys of their own. Only what differs from the default is passed on:
 # not every network has every option.
-OPTIONS = (
-    "remat",
-    "unroll",
-    "frozen_norm",
-    "survival_probability",
-    "survival_schedule",
-    "survival_draw",
-    "dropout_rate",
-    "dtype",
-)
+OPTIONS = {
+    key.name.removeprefix("model."): key
+    for key in keys.KEYS
+    if key.name.startswith("model.") and key.name not in ("model.name", "model.options")
+}
 
 
 class Setup(NamedTuple):
@@ -104,12 +98,10 @@ def _set_up(config):
 def _make_model(config, data_set, axis_name):
     # Raises whatever the model has against its options.
     options = {}
-    for key in keys.KEYS:
-        option = key.name.removeprefix("model.")
-        if option in OPTIONS and key.name.startswith("model."):
-            value = config.model[option]
-            if value is not None and value != key.default:
-                options[option] = value
+    for option, key in OPTIONS.items():
+        value = config.model[option]
+        if value is not None and value != key.default:
+            options[option] = value
     if options.get("unroll") == 0:
         options["unroll"] = True
     if "dtype" in options:
@@ -117,11 +109,19 @@ def _make_model(config, data_set, axis_name):
     if axis_name is not None:
         options["axis_name"] = axis_name
     for name, value in config.model.options.items():
-        if name in (*OPTIONS, "num_classes", "axis_name"):
-            raise InputError(f"model.options.{name}: the config says that elsewhere")
+        if name in (*OPTIONS, "name", "parent", "num_classes", "axis_name"):
+            raise InputError(f"model.options.{name}: that is said elsewhere, or not for configs")
         options[name] = tuple(value) if isinstance(value, list) else value
-    model = zoo.create_model(config.model.name, data_set.num_classes, **options)
-    abstract_variables(model, data_set.image_shape)
+    what, classes = f"model {config.model.name}", data_set.num_classes
+    model = made(what, partial(zoo.create_model, config.model.name, classes), **options)
+    images = jax.ShapeDtypeStruct((1, *data_set.image_shape), jnp.float32)
+    init = partial(model.init_with_output, train=False)
+    logits, _ = made(what, lambda **_: jax.eval_shape(init, jax.random.key(0), images), **options)
+    if getattr(logits, "shape", None) != (1, classes):
+        found = getattr(logits, "shape", logits)
+        raise InputError(
+            f"{what} gives {found} for an image of {config.dataset.name}; it must be (1, {classes})"
+        )
     return model
 
 
@@ -136,10 +136,17 @@ def _build(config):
     if validation is not None:
         splits["validation"] = validation
     steps_per_epoch = training.size / config.batch_size
-    schedule, total_steps = make_schedule(config.schedule, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule, frozen_norm=config.model.frozen_norm)
+    of_schedule = f"schedule {config.schedule.kind}"
+    schedule, total_steps = made(of_schedule, make_schedule, config.schedule, steps_per_epoch)
+    of_optimizer = f"optimizer {config.optimizer.name}"
+    make = partial(make_optimizer, frozen_norm=config.model.frozen_norm)
+    optimizer = made(of_optimizer, make, config.optimizer, schedule)
+    made(of_schedule, _check_schedule, schedule)
     channels = data_set.image_shape[-1]
     augmentation = make_augmentation(dataset, channels)
+    if augmentation.after is not None:
+        what = f"augmentation {dataset.augmentation}"
+        made(what, _check_augmentation, augmentation.after, data_set.image_shape)
     mean, scale = normalisation(dataset.normalisation, training, channels)
     pixels = {"mean": mean, "scale": scale}
     layout = {"sharding": parallel.batch_sharding, "replicated": parallel.replicated}
@@ -163,6 +170,8 @@ def _build(config):
     training_batches = partial(
         batches, training, config.batch_size, config.seed, mean, scale, augmentation, **layout
     )
+    new_state = partial(create_state, model, optimizer, config.seed, data_set.image_shape)
+    made(of_optimizer, _check_optimizer, optimizer, new_state)
     return Setup(
         model,
         splits,
@@ -174,5 +183,26 @@ def _build(config):
         optimizer,
         training_batches,
         evaluation,
-        partial(create_state, model, optimizer, config.seed, data_set.image_shape),
+        new_state,
     )
+
+
+def _check_optimizer(optimizer, new_state):
+    state = jax.eval_shape(new_state)
+    jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
+
+
+def _check_schedule(schedule):
+    rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+    if rate.shape != ():
+        raise InputError(f"the schedule gives {rate.shape}, not a number for each step")
+
+
+def _check_augmentation(augment, image_shape):
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    found = jax.eval_shape(augment, jax.eval_shape(lambda: jax.random.key(0)), images)
+    if (found.shape, found.dtype) != (images.shape, images.dtype):
+        raise InputError(
+            f"the augmentation makes {found.dtype} {found.shape} of float32 {images.shape}; it must"
+            " keep them"
+        )

@@ -1,5 +1,6 @@
 """What the README says, done."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from repository import ROOT
 
-from resvariants import __main__
+from resvariants import InputError, __main__
 from resvariants.networks import zoo
 from resvariants.training.keys import OPEN
 
@@ -61,6 +62,18 @@ def test_the_list_of_models_gives_families_sizes_and_papers(capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert re.search(r"resnet110 +1,727,962 parameters +32x32x3 +He et al. 2015", printed)
     assert printed.index("\nDenseNet\n") < printed.index("densenet121") < printed.index("\nVGG\n")
+
+
+def test_the_list_of_models_can_be_one_family_and_json(capsys):
+    __main__.main(["--family", "VGG", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {n for n, entry in zoo.ZOO.items() if entry.family == "VGG"}
+    assert found["vgg16"]["parameters"] == 138_357_544
+    assert found["vgg16"]["image_shape"] == [224, 224, 3]
+    __main__.main(["resnet20", "--json"])
+    assert json.loads(capsys.readouterr().out)["resnet20"][-1]["parameters"] == 269_722
+    with pytest.raises(InputError, match="unknown family 'Vgg'; allowed: AlexNet, DenseNet"):
+        __main__.main(["--family", "Vgg"])
 
 
 @pytest.mark.parametrize(("name", "says"), [("resnet20", "40,551,040"), ("resnet21", "6n+2")])

@@ -365,7 +365,8 @@ OWN = """
 import resvariants
 
 @resvariants.register_model("my_net", image_shape=(8, 8, 1))
-def my_net(num_classes, *, depth=14):
+def my_net(num_classes, *, depth=8, mode="7", rate=1.0):
+    assert (mode, rate) == ("8", None)
     return resvariants.create_model(f"resnet{depth}", num_classes)
 """
 
@@ -378,7 +379,8 @@ def test_programs_know_parts_of_ones_own_by_their_module(tmp_path, start, regist
     recipes.add_training_arguments(parser)
     arguments = [f"--out={out}", "--steps=1", "--modules", str(file), "--set", "batch_size=8"]
     arguments += ["optimizer.name=adamw", "optimizer.options.b2=0.99"]
-    (job,) = recipes.jobs(["my_net,model.options.depth=8"], parser.parse_args(arguments))
+    spec = "my_net,model.options.mode='8',model.options.rate=None"
+    (job,) = recipes.jobs([spec], parser.parse_args(arguments))
     command = sweep.command(job, "configs/digits.py")
     environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)

@@ -116,17 +116,22 @@ def test_a_dense_layer_alone_is_the_one_in_its_block():
     check_tree(y, jnp.concatenate([x, first, second], axis=-1), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+KEYS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "stochastic_depth"))}
+NETWORKS = ["ResNet", "DenseNet", "VGG", "AlexNet", "GoogLeNet"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *NETWORKS, "StochasticDepth"])
 def test_the_line_of_use_in_a_docstring_runs(name):
     """`NAME(...)(x, train=True)`: shape -> shape."""
-    pattern = r"`(\w+\(.*\))\((x.*?)\)`:\s*\(n, ([\d, ]+)\)\s*->\s*\(n, ([\d, ]+)\)"
-    ((block, call, before, after),) = re.findall(pattern, getattr(rv, name).__doc__)
+    pattern = r"`(\w+\([^`]*\))\((x[^`]*?)\)`:\s*\(n, ([\d, ]+)\)\s*->\s*\(n, ([\d, ]+)\)"
+    words = re.sub(r"\s+", " ", getattr(rv, name).__doc__)
+    ((block, call, before, after),) = re.findall(pattern, words)
     before, after = (tuple(map(int, shape.split(","))) for shape in (before, after))
-    block = eval(block, {name: getattr(rv, name)})
+    block = eval(block, {name: getattr(rv, name), "nn": nn})
     train = {"train": True} if "train=True" in call else {}
     assert call == "x" + ", train=True" * bool(train)
     x = jax.ShapeDtypeStruct((2, *before), jnp.float32)
-    y, _ = jax.eval_shape(partial(block.init_with_output, **train), jax.random.key(0), x)
+    y, _ = jax.eval_shape(partial(block.init_with_output, **train), KEYS, x)
     assert y.shape == (2, *after)
 
 

@@ -36,7 +36,7 @@ def test_uniform_survival_is_the_same_for_all():
 
 
 @pytest.mark.parametrize("final", [0.0, -0.1, 1.01, float("nan")])
-def test_survival_outside_the_block_interval_is_refused(final):
+def test_survival_outside_the_unit_interval_is_refused(final):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         survival_probabilities("linear", 9, final)
 
@@ -315,7 +315,7 @@ def test_anybodys_branch_is_skipped_for_the_whole_batch():
 
 
 @pytest.mark.parametrize("probability", [0.0, -0.1, 1.01])
-def test_a_wrapper_outside_the_block_interval_is_refused(probability):
+def test_a_wrapper_outside_the_unit_interval_is_refused(probability):
     with pytest.raises(InputError, match=r"outside \(0, 1\]"):
         StochasticDepth(Branch(), probability).init(jax.random.key(0), jnp.ones(3), train=False)
     with pytest.raises(

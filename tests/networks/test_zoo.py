@@ -1,8 +1,11 @@
 """Names, exact sizes and costs of the networks."""
 
+import json
+
 import pytest
 
 from resvariants import InputError, create_model, list_models
+from resvariants.__main__ import SIZES
 from resvariants.networks.resnet import cifar_resnet
 from resvariants.networks.summary import (
     abstract_variables,
@@ -114,7 +117,7 @@ CLASSIC_PARAMETERS = {
     "highway19": 2_256_838,
     "highway10_width16": 38_986,
     "highway10_width32": 151_690,
-    # Srivastava et al. 2015, 3.1: 5,100 a layer of 50 highway blocks, 5,112 one of 71 units.
+    # Srivastava et al. 2015, 3.1: 5,100 a layer of 50 highway units, 5,112 one of 71 units.
     **{f"highway_fc{depth}": 39_250 + (depth - 1) * 5_100 + 510 for depth in (10, 20, 50, 100)},
     **{f"plain_fc{depth}": 55_735 + (depth - 1) * 5_112 + 720 for depth in (10, 20, 50, 100)},
     "vgg16": 138_357_544,
@@ -143,6 +146,10 @@ PARAMETERS = (
 def test_the_table_names_every_model():
     listed = [name for models in list_models().values() for name in models]
     assert sorted(listed) == sorted(PARAMETERS)
+
+
+def test_the_parameters_traced_ahead_are_those_traced_below():
+    assert json.loads(SIZES.read_text()) == PARAMETERS, "python -m resvariants --trace writes them"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -304,3 +311,16 @@ def test_depths_outside_the_papers_are_built_by_rule():
 def test_an_unknown_shortcut_is_answered_with_the_allowed_ones():
     with pytest.raises(InputError, match="allowed: A, A_average, B, C"):
         cifar_resnet(20, shortcut="D")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnext50", "of the family ResNeXt, which --family lists: resnext50_32x4d"),
+        ("densenet", "of the family DenseNet"),
+        ("Transformer", r"nearest: .* \(all: python -m resvariants\)$"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_its_family(name, says):
+    with pytest.raises(InputError, match=says):
+        find(name)

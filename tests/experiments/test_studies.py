@@ -371,7 +371,9 @@ def my_net(num_classes, *, depth=8, mode="7", rate=1.0):
 """
 
 
-def test_programs_know_parts_of_ones_own_by_their_module(tmp_path, start, registers_as_before):
+def test_programs_know_parts_of_ones_own_by_their_module(
+    tmp_path, start, registers_as_before, monkeypatch
+):
     file, out = tmp_path / "my_parts.py", tmp_path / "out"
     file.write_text(OWN)
     commandline._MODULES.parse_args(["--modules", str(file)])
@@ -386,7 +388,9 @@ def test_programs_know_parts_of_ones_own_by_their_module(tmp_path, start, regist
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     config = runs.read_run(job.path).config
     assert config.modules == [str(file)] and config.optimizer.options.b2 == 0.99
-    printed = start(compare, "--modules", file, f"--out={out}", "--workdirs", job.path)
+    monkeypatch.chdir(tmp_path)
+    there = job.path.relative_to(tmp_path)
+    printed = start(compare, "--modules", file, "--out=both", "--workdirs", there)
     assert "| 75,002 |" in printed
     # Without the module nothing is imported, and the message says which one to give.
     for kind in registers_as_before:

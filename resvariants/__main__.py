@@ -8,7 +8,7 @@ from pathlib import Path
 from resvariants.errors import InputError, check_choice
 from resvariants.networks import summary
 from resvariants.networks.zoo import find, list_models
-from resvariants.registers import import_modules
+from resvariants.registers import import_modules, made
 
 # Parameters of all networks, traced ahead: tracing them takes a minute. A test compares.
 SIZES = Path(__file__).parent / "networks" / "sizes.json"
@@ -44,7 +44,11 @@ def main(arguments: list[str]) -> None:
 
 def _of(name, summarised):
     entry = find(name)
-    return summarised(entry.build(num_classes=entry.num_classes), entry.image_shape)
+
+    def summary_of():
+        return summarised(entry.build(num_classes=entry.num_classes), entry.image_shape)
+
+    return made(f"the summary of {name}", summary_of)
 
 
 def _list(families, as_json):
@@ -52,7 +56,8 @@ def _list(families, as_json):
     facts = {
         name: {
             "family": family,
-            "parameters": sizes.get(name) or entry.parameters,
+            "parameters": sizes.get(name)
+            or made(f"model {name}", lambda entry=entry: entry.parameters),
             "image_shape": entry.image_shape,
             "num_classes": entry.num_classes,
             "paper": entry.paper,

@@ -3,9 +3,9 @@
 import os
 import sys
 
-from repository import QUICKLY, ROOT
+from repository import ONCE, ROOT
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICKLY}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {ONCE}"
 
 import jax
 import pytest
@@ -15,9 +15,12 @@ from resvariants.data.augmentation import AUGMENTATIONS
 from resvariants.data.sets import DATA_SETS
 from resvariants.networks.zoo import ZOO
 from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES
+from resvariants.training.parallel import compiler_options
 
 sys.path.insert(0, str(ROOT))  # for configs/
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The steps of whole runs, as QUICKLY has them.
+compiler_options()["xla_backend_optimization_level"] = 1
 
 
 @pytest.fixture

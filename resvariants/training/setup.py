@@ -117,7 +117,8 @@ def _make_model(config, data_set, axis_name):
     images = jax.ShapeDtypeStruct((1, *data_set.image_shape), jnp.float32)
     init = partial(model.init_with_output, train=False)
     logits, _ = made(what, lambda **_: jax.eval_shape(init, jax.random.key(0), images), **options)
-    if getattr(logits, "shape", None) != (1, classes):
+    # (An image_folder without a folder has no classes yet; `sets.load` will say so.)
+    if classes and getattr(logits, "shape", None) != (1, classes):
         found = getattr(logits, "shape", logits)
         raise InputError(
             f"{what} gives {found} for an image of {config.dataset.name}; it must be (1, {classes})"

@@ -53,6 +53,7 @@ def test_the_forms_compute_the_same_function_and_gradients(form, in_form_c):
     check_tree(back, theirs, atol=1e-5 * scale)
 
 
+@pytest.mark.slow  # one step of it, with its gradients, is the test above
 def test_the_forms_train_to_the_same_loss(in_form_c):
     """Twenty steps of the library's own train step, in float64, where rounding cannot grow."""
     losses = {}

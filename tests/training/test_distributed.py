@@ -55,7 +55,11 @@ def stepped(out, dtype, steps, processes, devices):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps", "tolerance"), [("float32", 1, 1e-6), ("float64", 20, 1e-9)]
+    ("dtype", "steps", "tolerance"),
+    [
+        pytest.param("float32", 1, 1e-6, marks=pytest.mark.slow),  # as below, but for the precision
+        ("float64", 20, 1e-9),
+    ],
 )
 def test_two_processes_of_two_devices_are_four_devices_are_one(dtype, steps, tolerance, tmp_path):
     ways = {(2, 2): "two.npz", (1, 4): "four.npz", (1, 1): "one.npz"}

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from runs import without_speed
+from short_runs import without_speed
 
 import resvariants as rv
 from configs import default

@@ -1,7 +1,7 @@
 """A finished run, for the tests that look at one."""
 
 import pytest
-from runs import config
+from short_runs import config
 
 from resvariants.training import loop
 

@@ -1,11 +1,12 @@
-"""Runs that earlier versions have written: `fixtures/run_VERSION`."""
+"""Runs that earlier versions have written: `fixtures/run_VERSION.tar.xz`."""
 
 import shutil
+import tarfile
 
 import pytest
 from ml_collections import ConfigDict
 from repository import ROOT
-from runs import rows
+from short_runs import rows
 
 from resvariants.training import evaluation, loop
 from resvariants.training.workdir import read_config, read_result
@@ -13,8 +14,10 @@ from resvariants.training.workdir import read_config, read_result
 
 @pytest.fixture
 def earlier(tmp_path):
-    """A copy of a run of 0.1.0: sixty steps of resnet8 on the digits, with stochastic depth."""
-    return shutil.copytree(ROOT / "tests" / "fixtures" / "run_0.1.0", tmp_path / "run")
+    """A run of 0.1.0: sixty steps of resnet8 on the digits, with stochastic depth."""
+    with tarfile.open(ROOT / "tests" / "fixtures" / "run_0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "run_0.1.0"
 
 
 def test_it_evaluates_to_the_same_figures(earlier):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from repository import QUICKLY, ROOT
-from runs import STEPS, config, final_state, rows, without_speed
+from short_runs import STEPS, config, final_state, rows, without_speed
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resvariants import InputError

@@ -59,7 +59,7 @@ def register_dataset(
 
     Training and test images x are NumPy arrays, uint8 (n, height, width, channels), labels y are
     integers (n,). `data_dir` is the config's `dataset.data_dir`; keyword-only arguments are given
-    in `dataset.options`.
+    in `dataset.options`. Such as::
 
         @register_dataset("stripes", image_shape=(8, 8, 1), num_classes=2)
         def stripes(data_dir, *, count=1000): ...

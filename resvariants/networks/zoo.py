@@ -240,7 +240,7 @@ def register_model(
     It is called with `num_classes` and with what the config says of it: `dtype`, `remat` and so on
     where they are not the defaults, and keyword-only arguments or attributes that are given in the
     config's `model.options`. The module is called as `model(images, train=...)` and gives logits;
-    one that takes `gates`, too, has its `num_blocks`.
+    one that takes `gates`, too, has its `num_blocks`. Such as::
 
         @register_model("my_net")
         def my_net(num_classes, *, width=16): ...

@@ -157,6 +157,14 @@ def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
     check_report(tmp_path, "CIFAR-10: 8.75 (He et al. 2015, table 6)")
 
 
+def test_no_papers_figure_stands_beside_a_network_with_other_options():
+    config = digits.get_config("resnet20")
+    found = runs.Finished(ROOT, config, {}, [])
+    assert "8.75" in compare.paper(found)
+    config.model.options.shortcut = "C"
+    assert compare.paper(found) == ""
+
+
 @pytest.mark.slow
 def test_degradation_deepens_and_follows_gradients(tmp_path, start):
     options = [

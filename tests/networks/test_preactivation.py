@@ -243,3 +243,14 @@ def test_a_preactivated_block_that_is_skipped_is_the_identity():
     x = images(2, 6, 6, 4)
     variables = block.init(jax.random.key(0), x)
     np.testing.assert_array_equal(block.apply(variables, x, jnp.array(False)), x)
+
+
+def test_skipped_blocks_of_plain_nets_start_where_the_residual_nets_do():
+    """Of what the shortcut's name says, as plain blocks have none of their own."""
+    pre = {"bottleneck": True, "placement": "full_preactivation"}
+    for shortcut, shares in (("A", False), ("B", True)):
+        plain, residual = (
+            cifar_resnet(20, plain=plain, shortcut=shortcut, **pre) for plain in (True, False)
+        )
+        for model in (plain, residual):
+            assert model.block.keywords["share_preactivation"] is shares

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from resvariants.networks.linear import linear_map
 
 ModuleFactory = Callable[..., Any]
 
@@ -26,58 +29,64 @@ CHUNK = 8
 CHUNKED_CHANNELS = 128 * 128
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x, kernel, strides, padding, dilation):
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _conv(x, kernel, strides, padding, spacing, dilation):
+    # `spacing` is lax's `lhs_dilation`.
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=NHWC
+        x, kernel, strides, padding, spacing, dilation, dimension_numbers=NHWC
     )
 
 
-def _conv_forward(x, kernel, strides, padding, dilation):
-    return _conv(x, kernel, strides, padding, dilation), (x, kernel)
-
-
-def _conv_backward(strides, padding, dilation, saved, grad):
-    # Both gradients as NHWC x HWIO -> NHWC convolutions, the form that XLA's fast CPU kernels take.
+@partial(_conv.defjvp, symbolic_zeros=True)
+def _conv_jvp(strides, padding, spacing, dilation, primals, tangents):
+    # The transposes as NHWC x HWIO -> NHWC convolutions, the form that XLA's fast CPU kernels take.
     # Autodiff's own have other dimension orders, which XLA rewrites only in the entry computation:
     # inside scan, while and cond they can run 12 times slower.
-    x, kernel = saved
-    size, out, window = x.shape[1:3], grad.shape[1:3], kernel.shape[:2]
-    reach = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
-    spread = [(o - 1) * s + 1 for o, s in zip(out, strides, strict=True)]
+    x, kernel = primals
+    geometry = (strides, padding, spacing, dilation)
+    y = _conv(x, kernel, *geometry)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape[:2], strict=True)]
+    size = [(n - 1) * s + 1 for n, s in zip(x.shape[1:3], spacing, strict=True)]
+    spread = [(o - 1) * s + 1 for o, s in zip(y.shape[1:3], strides, strict=True)]
     low = [p[0] for p in padding]
-    grad_x = lax.conv_general_dilated(
-        grad,
-        kernel[::-1, ::-1].swapaxes(2, 3),
-        (1, 1),
-        [(r - p, n - g + p) for r, p, n, g in zip(reach, low, size, spread, strict=True)],
-        lhs_dilation=strides,
-        rhs_dilation=dilation,
-        dimension_numbers=NHWC,
-    )
+    sides = list(zip(reach, low, size, spread, strict=True))
+    pads_of_x = tuple((r - p, n - g + p) for r, p, n, g in sides)
+    pads_of_kernel = tuple((p, r + g - n - p) for r, p, n, g in sides)
 
-    pads = [(p, r + g - n - p) for r, p, n, g in zip(reach, low, size, spread, strict=True)]
+    def gradient_of_x(kernel, grad):
+        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+        return _conv(grad, flipped, spacing, pads_of_x, strides, dilation)
 
     def correlate(x, grad):
         # (in, height, width, images), (height, width, images, out) -> (in, *window, out)
-        return lax.conv_general_dilated(
-            x, grad, dilation, pads, rhs_dilation=strides, dimension_numbers=NHWC
-        )
+        return _conv(x, grad, dilation, pads_of_kernel, spacing, strides)
 
-    # A few images at a time stay in the processor's cache. They come from all over the batch, so
-    # that several devices, if their number divides CHUNK, take each its own part of them.
-    chunks, rest = divmod(len(x), CHUNK)
-    if rest or chunks < 2 or kernel.shape[2] * kernel.shape[3] > CHUNKED_CHANNELS:
-        total = correlate(x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3))
-    else:
-        x, grad = (a.reshape(CHUNK, chunks, *a.shape[1:]) for a in (x, grad))
-        pairs = (x.transpose(1, 4, 2, 3, 0), grad.transpose(1, 2, 3, 0, 4))
-        parts = lax.scan(lambda _, pair: (None, correlate(*pair)), None, pairs, unroll=2)[1]
-        total = parts.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(0).astype(x.dtype)
-    return grad_x, total.transpose(1, 2, 0, 3)
+    def gradient_of_kernel(x, grad):
+        # A few images at a time stay in the processor's cache. They come from all over the batch,
+        # so that several devices, if their number divides CHUNK, take each its own part of them.
+        chunks, rest = divmod(len(x), CHUNK)
+        if rest or chunks < 2 or kernel.shape[2] * kernel.shape[3] > CHUNKED_CHANNELS:
+            total = correlate(x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3))
+        else:
+            x, grad = (a.reshape(CHUNK, chunks, *a.shape[1:]) for a in (x, grad))
+            pairs = (x.transpose(1, 4, 2, 3, 0), grad.transpose(1, 2, 3, 0, 4))
+            parts = lax.scan(lambda _, pair: (None, correlate(*pair)), None, pairs, unroll=2)[1]
+            total = parts.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(0).astype(x.dtype)
+        return total.transpose(1, 2, 0, 3)
 
+    def along(kernel, dx):
+        return _conv(dx, kernel, *geometry)
 
-_conv.defvjp(_conv_forward, _conv_backward)
+    def turned(x, dkernel):
+        return _conv(x, dkernel, *geometry)
+
+    dx, dkernel = tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(linear_map(along, gradient_of_x, kernel, dx))
+    if not isinstance(dkernel, SymbolicZero):
+        terms.append(linear_map(turned, gradient_of_kernel, x, dkernel))
+    return y, sum(terms[1:], terms[0])
 
 
 def _matrix_product(x, matrix):
@@ -110,7 +119,7 @@ def conv_general_dilated(
     )
     if ours:
         padding = tuple(tuple(pair) for pair in padding)
-        geometry = (tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)))
+        geometry = (tuple(window_strides), padding, (1, 1), tuple(rhs_dilation or (1, 1)))
         if rhs.shape[:2] == (1, 1) and not np.any(padding) and feature_group_count == 1:
             return _matrix_product(lhs[:, :: window_strides[0], :: window_strides[1]], rhs[0, 0])
         if feature_group_count == 1:

@@ -9,71 +9,134 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
+from resvariants.networks.linear import linear_map
+
+# The statistics are those of distances from one value of each channel, its origin: sums of squares
+# lose nothing there however far the mean is from zero, in one pass over x. Distances are counted in
+# units of the root of their number, so that their mean square is a sum, and overflows last.
 
 
-def _shared_mean(sums, x, axis_name):
-    # Of sums over x's batch, height and width; over all devices' where there is an axis.
-    mean = sums / (x.size // x.shape[-1])
+def _root(x):
+    return (x.size // x.shape[-1]) ** 0.5
+
+
+def _sums(x):
+    return x.sum(range(x.ndim - 1), keepdims=True)
+
+
+def _shared(mean, axis_name):
+    # Over all devices where there is an axis.
     return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _origin(x, axis_name):
+    middle = [0, *(n // 2 for n in x.shape[1:-1])]
+    origin = x[tuple(slice(i, i + 1) for i in middle)]
+    if axis_name is not None:  # that of the first device, as if they were one
+        first = lax.axis_index(axis_name) == 0
+        origin = lax.psum(jnp.where(first, origin, jnp.zeros_like(origin)), axis_name)
+    return lax.stop_gradient(origin)
+
+
+def _distances(x, origin):
+    # Where there is no origin, x are distances already.
+    return x if origin is None else (x.astype(origin.dtype) - origin) / _root(x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _normalise(x, scale, bias, epsilon, axis_name):
-    return _normalise_forward(x, scale, bias, epsilon, axis_name)[0]
+    # y, and mean and variance of the batch. They, scale and bias have as many axes as x.
+    y, statistics, _ = _normalise_forward(x, scale, bias, epsilon, axis_name)
+    return y, *statistics
 
 
 def _normalise_forward(x, scale, bias, epsilon, axis_name):
-    wide = x.astype(scale.dtype)
-    mean = _shared_mean(wide.sum((0, 1, 2)), x, axis_name)
-    var = _shared_mean((wide * wide).sum((0, 1, 2)), x, axis_name) - mean * mean
-    var = jnp.maximum(var, 0)
+    root, dtype = _root(x), x.dtype
+    kept, start = x, _origin(x, axis_name).astype(scale.dtype)
+    origin: jax.Array | None = start
+    if jax.default_backend() == "cpu":
+        # XLA's CPU backend has fast sums of products, but not of differences: distances are written
+        # to memory once and kept in the place of x. (A division it does not do again in every loop
+        # that reads its result, as it does a subtraction; a divisor that is one number is none.)
+        kept, origin = (x.astype(start.dtype) - start) / jnp.where(x == x, root, 1.0), None
+    distances = _distances(kept, origin)
+    mean = _shared(_sums(distances) / root, axis_name)
+    var = _shared(_sums(distances * distances), axis_name) - mean * mean
+    var = var + lax.stop_gradient(jnp.maximum(var, 0) - var)
     inverse = lax.rsqrt(var + epsilon)
-    return (_affine(x, mean, scale * inverse, bias), mean, var), (x, scale, mean, inverse)
+    factor = scale * inverse
+    y = distances * (root * factor) + (bias - mean * factor)
+    return y.astype(dtype), (start + mean, var), (kept, origin, mean, inverse)
 
 
-def _normalise_backward(epsilon, axis_name, saved, gradients):
-    x, scale, mean, inverse = saved
-    grad = gradients[0].astype(scale.dtype)  # the statistics themselves are not differentiated
-    wide = x.astype(scale.dtype)
-    # Each sum taken once: a device's own, for its parameters' gradients; their mean over devices,
-    # for its inputs'.
-    sum_grad, sum_products = grad.sum((0, 1, 2)), (grad * wide).sum((0, 1, 2))
-    mean_grad = _shared_mean(sum_grad, x, axis_name)
-    along = (_shared_mean(sum_products, x, axis_name) - mean * mean_grad) * inverse**2
+@_normalise.defjvp
+def _normalise_jvp(epsilon, axis_name, primals, tangents):
+    y, statistics, saved = _normalise_forward(*primals, epsilon, axis_name)
+    push, pull = partial(_push, axis_name), partial(_pull, axis_name)
+    dy = linear_map(push, pull, (primals[1], *saved), tangents)
+    dmean, half_dvar = linear_map(_project, _project_back, saved[:3], tangents[0])
+    dmean, half_dvar = _shared((dmean, half_dvar), axis_name)
+    return (y, *statistics), (dy, dmean, 2 * half_dvar)
+
+
+def _project(saved, dx):
+    # The means of dx and of its products with x - mean: what moves mean and half the variance.
+    x, origin, mean = saved
+    wide, root = dx.astype(mean.dtype), _root(dx)
+    dmean = _sums(wide) / root**2
+    return dmean, _sums(wide * _distances(x, origin)) / root - mean * dmean
+
+
+def _project_back(saved, gradients):
+    x, origin, mean = saved
+    root = _root(x)
+    along = gradients[1] / root
+    return _distances(x, origin) * along + (gradients[0] / root**2 - mean * along / root)
+
+
+def _push(axis_name, saved, tangents):
+    # The derivative of y along (dx, dscale, dbias).
+    scale, x, origin, mean, inverse = saved
+    dx, dscale, dbias = tangents
+    dmean, half_dvar = _shared(_project((x, origin, mean), dx), axis_name)
+    factor = scale * inverse
+    slope = inverse * dscale - factor * half_dvar * inverse**2
+    shift = dbias - factor * dmean - slope * mean
+    dy = dx.astype(mean.dtype) * factor + _distances(x, origin) * (slope * _root(x)) + shift
+    return dy.astype(dx.dtype)
+
+
+def _pull(axis_name, saved, gradient):
+    # Its transpose. Each sum taken once: a device's own, for its parameters' gradients; their mean
+    # over devices, for its inputs'.
+    scale, x, origin, mean, inverse = saved
+    root, grad = _root(x), gradient.astype(mean.dtype)
+    sum_grad, sum_products = _sums(grad), _sums(grad * _distances(x, origin)) * root
+    mean_grad, mean_product = _shared((sum_grad / root**2, sum_products / root**2), axis_name)
     # scale * inverse * (grad - mean_grad - along * (x - mean)), in the form that XLA fuses best.
+    along = (mean_product - mean * mean_grad) * inverse**2
     factor = scale * inverse
     slope = -factor * along
     shift = -factor * mean_grad - slope * mean
-    grad_x = grad * _channels(factor) + wide * _channels(slope) + _channels(shift)
-    grad_x = grad_x.astype(x.dtype)
-    return grad_x, (sum_products - mean * sum_grad) * inverse, sum_grad
-
-
-_normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
-def _channels(vector):
-    return vector.reshape(1, 1, 1, -1)
-
-
-def _affine(x, mean, factor, bias):
-    centred = x.astype(factor.dtype) - _channels(mean)
-    return (centred * _channels(factor) + _channels(bias)).astype(x.dtype)
+    grad_x = grad * factor + _distances(x, origin) * (slope * root) + shift
+    return grad_x.astype(gradient.dtype), (sum_products - mean * sum_grad) * inverse, sum_grad
 
 
 class BatchNorm(nn.Module):
-    """`nn.BatchNorm` over (batch, height, width), with a backward pass that keeps only its input.
+    """`nn.BatchNorm` over all axes but the last, with a backward pass that keeps only its input.
 
     Autodiff keeps the centred input, its square and more for every layer, which a scan over blocks
-    has to write to memory and read again. Same variables and results as `nn.BatchNorm`;
-    reverse-mode differentiation only.
+    has to write to memory and read again. Same variables and results as `nn.BatchNorm`, but that
+    the variance is right also where the mean is far larger than the deviation.
 
     Attributes:
       use_running_average: normalise by the running statistics and leave them alone.
       momentum: share of themselves that running statistics keep at each step.
       epsilon: added to the variance.
-      dtype: of the result; statistics and parameters stay at least float32.
+      dtype: of the result; None: what input and parameters promote to. It is computed in at least
+        float32, and in float64 where the input or the parameters are.
       axis_name: of a `pmap` or `shard_map` axis over which the batch's statistics are shared.
       frozen: scale and bias get no gradient.
     """
@@ -87,7 +150,13 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, channels) -> the same, normalised; updates `batch_stats`."""
+        """(batch, ..., channels) -> the same, normalised; updates `batch_stats`.
+
+        Raises:
+          InputError: `x` has less than two axes.
+        """
+        if x.ndim < 2:
+            raise InputError(f"BatchNorm takes (batch, ..., channels), not shape {x.shape}")
         vector = (x.shape[-1:], jnp.float32)
         scale = self.param("scale", nn.initializers.ones, *vector)
         bias = self.param("bias", nn.initializers.zeros, *vector)
@@ -95,10 +164,15 @@ class BatchNorm(nn.Module):
             scale, bias = lax.stop_gradient((scale, bias))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, *vector)
         running_var = self.variable("batch_stats", "var", jnp.ones, *vector)
-        x = x.astype(self.dtype or x.dtype)
+        x = x.astype(self.dtype or jnp.result_type(x, scale, bias))
+        wide = jnp.result_type(x, scale, bias)
+        scale, bias, old_mean, old_var = (
+            vector.astype(wide).reshape(*[1] * (x.ndim - 1), -1)
+            for vector in (scale, bias, running_mean.value, running_var.value)
+        )
         if self.use_running_average:
-            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            y = _affine(x, running_mean.value, factor, bias)
+            factor = scale * lax.rsqrt(old_var + self.epsilon)
+            y = ((x.astype(wide) - old_mean) * factor + bias).astype(x.dtype)
             if self.is_mutable_collection("responses") and not self.is_initializing():
                 # For `analysis.make_layer_responses`.
                 self.sow("responses", "deviation", y.astype(jnp.float32).std())
@@ -107,8 +181,12 @@ class BatchNorm(nn.Module):
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
         if not self.is_initializing():
             keep = self.momentum
-            running_mean.value = keep * running_mean.value + (1 - keep) * mean
-            running_var.value = keep * running_var.value + (1 - keep) * var
+            for running, old, new in (
+                (running_mean, old_mean, mean),
+                (running_var, old_var, var),
+            ):
+                mixed = keep * old + (1 - keep) * new
+                running.value = mixed.ravel().astype(running.value.dtype)
         return y
 
 

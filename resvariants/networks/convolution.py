@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from resvariants.networks.linear import linear_map
+from resvariants.networks.linear import equally_varying, linear_map
 
 ModuleFactory = Callable[..., Any]
 
@@ -83,9 +83,9 @@ def _conv_jvp(strides, padding, spacing, dilation, primals, tangents):
     dx, dkernel = tangents
     terms = []
     if not isinstance(dx, SymbolicZero):
-        terms.append(linear_map(along, gradient_of_x, kernel, dx))
+        terms.append(linear_map(along, gradient_of_x, *equally_varying(kernel, dx)))
     if not isinstance(dkernel, SymbolicZero):
-        terms.append(linear_map(turned, gradient_of_kernel, x, dkernel))
+        terms.append(linear_map(turned, gradient_of_kernel, *equally_varying(x, dkernel)))
     return y, sum(terms[1:], terms[0])
 
 

@@ -5,7 +5,8 @@ blocks, float gates scale residual branches, None leaves everything on. Stochast
 path counts and effective-path training are all choices of this vector.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -15,6 +16,7 @@ from flax import linen as nn
 from jax import lax
 
 from resvariants.errors import InputError, choose
+from resvariants.networks.linear import linear_map, vary, varying_axes
 
 
 def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
@@ -37,60 +39,115 @@ def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = F
         return off(block, x)
     if gate is None or gate is True or block.is_initializing():
         return on(block, None, x)
-    if jnp.result_type(gate) == jnp.bool_:
+    if jnp.result_type(gate) != jnp.bool_:
+        return on(block, jnp.asarray(gate, x.dtype), x)
+    if not _captures(block):
         return nn.cond(gate, lambda block, x: on(block, None, x), off, block, x)
-    return on(block, jnp.asarray(gate, x.dtype), x)
+    # What a branch of a conditional sows the other would have to sow, too: here it runs always.
+    before = _statistics(block)
+    y = on(block, None, x)
+    after = _statistics(block)
+    _put_statistics(block, before)
+
+    def ran(block, x, y, after):
+        _put_statistics(block, after)
+        return y
+
+    def skipped(block, x, y, after):
+        return off(block, x)
+
+    return nn.cond(gate, ran, skipped, block, x, y, after, variables=["params", "batch_stats"])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_kept(block, gates, x, stats, params, rngs):
-    """Those blocks of a stack whose boolean gate is true, one after another, in a loop for CPUs.
+def _captures(block):
+    # Whether anything is sown, or might be.
+    known = ("params", "batch_stats", "responses", "auxiliary_logits")
+    mutable = block.scope.mutable
+    if isinstance(mutable, bool | str):
+        mutable = [mutable] if mutable else []
+    return not isinstance(mutable, Collection) or any(c not in known for c in mutable)
 
-    For blocks that give their input back when skipped. They are not even looped over; and what runs
-    runs on all cores, as XLA's CPU backend has it in loops, but not in conditionals. The backward
-    pass keeps the kept blocks' inputs, and computes the rest again.
+
+def _statistics(block):
+    # A copy: Flax writes into its own.
+    return jax.tree.map(lambda leaf: leaf, dict(block.variables.get("batch_stats", {})))
+
+
+def _put_statistics(block, stats):
+    for name, tree in stats.items():
+        block.put_variable("batch_stats", name, tree)
+
+
+def scan_kept(body, gates, x, stack, fixed=None, *, reverse: bool = False):
+    """`lax.scan` over those entries of `stack` whose boolean gate is true, in a loop for CPUs.
+
+    What is skipped is not even looped over; and what runs runs on all cores, as XLA's CPU backend
+    has it in loops, but not in conditionals. The backward pass keeps the inputs of what was kept,
+    and computes the rest again.
 
     Args:
-      block: `(x, stats, params, rngs) -> (y, stats)`, of one block, with y like x.
-      stats, params, rngs: trees stacked along the first axis, as long as `gates`.
+      body: `(x, entry, fixed entry) -> (x, y)`, without any traced array in its closure.
+      stack: a tree of arrays stacked along the first axis, as long as `gates`.
+      fixed: more of them, such as keys, that are not differentiated.
 
     Returns:
-      The last block's output, and the stack of statistics, unchanged where skipped.
+      The last x, and the ys stacked, with zeros where skipped.
     """
-    return _run_kept_forward(block, gates, x, stats, params, rngs)[0]
+    return _scan_kept(body, reverse, False, x, stack, gates, fixed)
 
 
-def _run_kept_forward(block, gates, x, stats, params, rngs):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _scan_kept(body, reverse, with_inputs, x, stack, gates, fixed):
+    # With each turn's input too, if asked for: of a skipped one, zeros.
+    kept = gates.sum()
     order = jnp.argsort(~gates)  # the kept ones first, both parts in their order
 
     def turn(t, carry):
-        x, inputs, after = carry
-        i = order[t]
-        y, updated = block(x, *(_take(stack, i) for stack in (stats, params, rngs)))
-        return y, _put(inputs, t, x), _put(after, i, updated)
+        x, ys, inputs = carry
+        i = order[kept - 1 - t if reverse else t]
+        new, y = body(x, _take(stack, i), _take(fixed, i))
+        return new, _put(ys, i, y), _put(inputs, i, x) if with_inputs else ()
 
-    inputs = jnp.broadcast_to(jnp.zeros_like(x), (len(gates), *x.shape))
-    y, inputs, after = lax.fori_loop(0, gates.sum(), turn, (x, inputs, stats))
-    return (y, after), (order, gates.sum(), inputs, stats, params, rngs)
+    def empty(like):
+        zeros = jnp.zeros((len(gates), *like.shape), like.dtype)
+        return vary(zeros, varying_axes(like))
 
-
-def _run_kept_backward(block, saved, gradients):
-    order, kept, inputs, stats, params, rngs = saved
-
-    def turn(t, carry):
-        grad, grad_stats, grad_params = carry
-        at = kept - 1 - t
-        i = order[at]
-        run = partial(block, rngs=_take(rngs, i))
-        backward = jax.vjp(run, _take(inputs, at), _take(stats, i), _take(params, i))[1]
-        grad, *grads = backward((grad, _take(grad_stats, i)))
-        return grad, _put(grad_stats, i, grads[0]), _put(grad_params, i, grads[1])
-
-    none = jax.tree.map(jnp.zeros_like, params)
-    return None, *lax.fori_loop(0, kept, turn, (*gradients, none)), None
+    traced = jax.make_jaxpr(body, return_shape=True)(x, _take(stack, 0), _take(fixed, 0))
+    _, ys = jax.tree.unflatten(jax.tree.structure(traced[1]), traced[0].out_avals)
+    none = jax.tree.map(empty, (ys, x if with_inputs else ()))
+    last, ys, inputs = lax.fori_loop(0, kept, turn, (x, *none))
+    return (last, ys, inputs) if with_inputs else (last, ys)
 
 
-run_kept.defvjp(_run_kept_forward, _run_kept_backward)
+@_scan_kept.defjvp
+def _scan_kept_jvp(body, reverse, with_inputs, primals, tangents):
+    _, stack, gates, fixed = primals
+    last, ys, inputs = _scan_kept(body, reverse, True, *primals)
+
+    def forward(saved, tangents):
+        inputs, stack, gates, fixed = saved
+
+        def along(dx, entry, fixed):
+            x, entry, dentry = entry
+            return jax.jvp(lambda x, entry: body(x, entry, fixed), (x, entry), (dx, dentry))[1]
+
+        dx, dstack = tangents
+        return _scan_kept(along, reverse, with_inputs, dx, (inputs, stack, dstack), gates, fixed)
+
+    def backward(saved, gradients):
+        inputs, stack, gates, fixed = saved
+
+        def against(grad, entry, fixed):
+            x, entry, grad_y, *grad_input = entry
+            grad, grads = jax.vjp(lambda x, y: body(x, y, fixed), x, entry)[1]((grad, grad_y))
+            return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), grad, *grad_input), grads
+
+        grad, *grads = gradients
+        return scan_kept(against, gates, grad, (inputs, stack, *grads), fixed, reverse=not reverse)
+
+    saved = (inputs, stack, gates, fixed)
+    dy = linear_map(forward, backward, saved, tangents[:2])
+    return (last, ys, inputs) if with_inputs else (last, ys), dy
 
 
 def _take(stack, i):
@@ -191,7 +248,8 @@ class StochasticDepth(nn.Module):
     variables stay put. In evaluation the branch is scaled by its survival probability.
 
     Attributes:
-      branch: a module whose output has the shape and dtype of its first argument.
+      branch: a module whose output has the shape and dtype of its first argument. If its call has
+        an argument `train`, it gets this one's.
       survival_probability: in (0, 1].
     """
 
@@ -203,7 +261,7 @@ class StochasticDepth(nn.Module):
         """The branch's output for `x` and whatever else it takes, or zeros.
 
         Raises:
-          InputError: survival probability outside (0, 1].
+          InputError: survival probability outside (0, 1], or a branch whose output is not like x.
         """
         check_survival(self.survival_probability)
         gate = None
@@ -211,9 +269,17 @@ class StochasticDepth(nn.Module):
             gate = jnp.asarray(self.survival_probability)
             if train:
                 gate = jax.random.bernoulli(self.make_rng("stochastic_depth"), gate)
+        if "train" in inspect.signature(type(self.branch).__call__).parameters:
+            kwargs["train"] = train
 
         def on(module, gate, x):
             y = module.branch(x, *args, **kwargs)
+            found = jax.tree.map(lambda leaf: f"{leaf.dtype} {leaf.shape}", y)
+            if found != (wanted := f"{x.dtype} {x.shape}"):
+                raise InputError(
+                    f"StochasticDepth's branch {type(self.branch).__name__} makes {found} of"
+                    f" {wanted}; to be added to its input it must keep shape and dtype"
+                )
             return y if gate is None else gate * y
 
         return apply_gate(self, on, lambda module, x: jnp.zeros_like(x), gate, x)

@@ -11,6 +11,7 @@ from jax import lax
 
 from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
+from resvariants.networks.linear import linear_map
 
 
 def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
@@ -38,35 +39,36 @@ def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
     return classify(x.mean((1, 2)), num_classes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def recomputed(function: Callable, *args):
     """`function(*args)`, of which the backward pass keeps nothing but `args`.
 
     `jax.checkpoint` for code outside of loops, where XLA's CPU backend finds that something is
-    computed twice and keeps the first result after all. It does not look into conditionals.
+    computed twice and keeps the first result after all. It does not look into conditionals. No
+    traced array may be in the function's closure.
     """
     return function(*args)
 
 
-def _recomputed_forward(function, *args):
-    return function(*args), args
+@recomputed.defjvp
+def _recomputed_jvp(function, args, tangents):
+    def forward(args, tangents):
+        return jax.jvp(function, args, tangents)[1]
 
-
-def _recomputed_backward(function, args, gradients):
     def backward(args, gradients):
-        return jax.vjp(function, *args)[1](gradients)
+        def again(args, gradients):
+            return jax.vjp(function, *args)[1](gradients)
 
-    if jax.default_backend() != "cpu":
-        return backward(*lax.optimization_barrier((args, gradients)))
-    # The predicate is always true, which the compiler does not know. As it depends on the gradient,
-    # nothing can be recomputed before its time.
-    some = jax.tree.leaves(gradients)[0].ravel()[0]
-    always = ~(jnp.abs(jnp.sign(some)) > 1)
-    never = partial(jax.tree.map, jnp.zeros_like)
-    return lax.cond(always, backward, lambda args, _: never(args), args, gradients)
+        if jax.default_backend() != "cpu":
+            return again(*lax.optimization_barrier((args, gradients)))
+        # The predicate is always true, which the compiler does not know. As it depends on the
+        # gradient, nothing can be recomputed before its time.
+        some = jax.tree.leaves(gradients)[0].ravel()[0]
+        always = ~(jnp.abs(jnp.sign(some)) > 1)
+        never = partial(jax.tree.map, jnp.zeros_like)
+        return lax.cond(always, again, lambda args, _: never(args), args, gradients)
 
-
-recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+    return function(*args), linear_map(forward, backward, args, tangents)
 
 
 def stride_between(images, maps) -> int:

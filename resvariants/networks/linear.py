@@ -23,7 +23,6 @@ def linear_map(function: Callable, transpose: Callable, residuals: Any, x: Any) 
     differentiated as they are written, with respect to `residuals` too, and to any order if what
     they call can be.
     """
-    residuals, x = _equally_varying((residuals, x))
     flat_residuals, residual_tree = jax.tree.flatten(residuals)
     flat, tree = jax.tree.flatten(x)
     out_tree: Any = None
@@ -44,20 +43,26 @@ def linear_map(function: Callable, transpose: Callable, residuals: Any, x: Any) 
     return out_tree.unflatten(y)
 
 
-def _equally_varying(tree):
-    # Under `shard_map`, what is the same on all devices meets what is not: said outside of the map,
-    # the cotangents of the former are summed over devices, as everywhere in JAX.
-    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+def equally_varying(*trees: Any) -> Any:
+    """The trees with arrays that all differ between the devices of `shard_map` if one does.
 
-    def vary(leaf):
-        new = tuple(axes - _varying(leaf))
-        return lax.pcast(leaf, new, to="varying") if new else leaf
-
-    return jax.tree.map(vary, tree) if axes else tree
+    For transposes that are written as if there were one device: cast outside of the map, what was
+    the same on all devices gets the sum of their cotangents, as everywhere in JAX.
+    """
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(trees)))
+    return jax.tree.map(lambda leaf: vary(leaf, axes), trees)
 
 
-def _varying(array):
-    return getattr(jax.typeof(array), "vma", frozenset())
+def varying_axes(array: Any) -> frozenset:
+    """The axes of `shard_map` along which an array, or a tracer's type, differs."""
+    kind = array if hasattr(array, "update") else jax.typeof(array)
+    return kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
+
+
+def vary(array: Any, axes: frozenset) -> Any:
+    """The array as one that differs along these axes, too."""
+    new = tuple(axes - varying_axes(array))
+    return lax.pcast(array, new, to="varying") if new else array
 
 
 _linear_p = Primitive("linear_map")

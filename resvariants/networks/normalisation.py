@@ -11,7 +11,7 @@ from jax import lax
 
 from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
-from resvariants.networks.linear import linear_map
+from resvariants.networks.linear import equally_varying, linear_map
 
 # The statistics are those of distances from one value of each channel, its origin: sums of squares
 # lose nothing there however far the mean is from zero, in one pass over x. Distances are counted in
@@ -75,7 +75,7 @@ def _normalise_forward(x, scale, bias, epsilon, axis_name):
 def _normalise_jvp(epsilon, axis_name, primals, tangents):
     y, statistics, saved = _normalise_forward(*primals, epsilon, axis_name)
     push, pull = partial(_push, axis_name), partial(_pull, axis_name)
-    dy = linear_map(push, pull, (primals[1], *saved), tangents)
+    dy = linear_map(push, pull, *equally_varying((primals[1], *saved), tangents))
     dmean, half_dvar = linear_map(_project, _project_back, saved[:3], tangents[0])
     dmean, half_dvar = _shared((dmean, half_dvar), axis_name)
     return (y, *statistics), (dy, dmean, 2 * half_dvar)

@@ -10,7 +10,7 @@ from jax import lax
 
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
-from resvariants.networks.gates import run_kept
+from resvariants.networks.gates import scan_kept
 
 REMAT = ("auto", "none", "block", "sqrt")
 
@@ -52,7 +52,11 @@ def apply_stacked(
         for collection, tree in stacked.items():
             parent.put_variable(collection, name, tree)
     variables = {c: tree[name] for c, tree in parent.variables.items() if name in tree}
-    mutable = [c for c in ("batch_stats", "responses") if parent.is_mutable_collection(c)]
+    collections = ("batch_stats", "responses", "intermediates")
+    mutable = [c for c in collections if parent.is_mutable_collection(c)]
+    # What `capture_intermediates` was given for the network; Flax tells nobody else.
+    capture = nn.module._context.capture_stack[-1] if "intermediates" in mutable else False
+    options = {"mutable": mutable, "capture_intermediates": capture}
 
     rngs = {}
     if parent.has_rng("dropout"):
@@ -60,17 +64,16 @@ def apply_stacked(
 
     def body(x, block_slice):
         variables, gate, rngs = block_slice
-        return block.apply(variables, x, gate, mutable=mutable, rngs=rngs)
+        return block.apply(variables, x, gate, rngs=rngs, **options)
 
-    def kept(x, stats, params, rngs):
-        y, updates = block.apply(params | stats, x, mutable=mutable, rngs=rngs)
-        return y, {c: updates[c] for c in stats}
+    def kept(x, variables, rngs):
+        return block.apply(variables, x, rngs=rngs, **options)
 
     skips = (
         gates is not None
         and gates.dtype == jnp.bool_
         and getattr(block, "skips_to_input", False)
-        and "responses" not in mutable
+        and mutable in ([], ["batch_stats"])
         and jax.default_backend() == "cpu"
     )
     if unroll is None:
@@ -79,9 +82,9 @@ def apply_stacked(
     def run(x, stack):
         variables, gates, rngs = stack
         if skips and len(gates):
-            stats = {c: variables[c] for c in mutable if c in variables}
-            params = {c: tree for c, tree in variables.items() if c not in stats}
-            return run_kept(kept, gates, x, stats, params, rngs)
+            x, updates = scan_kept(kept, gates, x, variables, rngs)
+            stay = partial(_chosen, gates)
+            return x, {c: jax.tree.map(stay, tree, variables[c]) for c, tree in updates.items()}
         return lax.scan(body, x, stack, unroll=unroll)
 
     stack = (variables, gates, rngs)
@@ -100,6 +103,10 @@ def apply_stacked(
         for collection, tree in updates.items():
             parent.put_variable(collection, name, tree)
     return x
+
+
+def _chosen(gates, new, old):
+    return jnp.where(gates.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 class Stage(nn.Module):

@@ -30,8 +30,17 @@ def bottleneck_branch(x, features, strides, conv, activate, *, strided_conv=1):
 
     `strided_conv` tells which of the three carries the stride: 1 as in the authors' Caffe models
     (and the paper's 3.8e9 multiply-adds for ResNet-50), 2 as in fb.resnet.torch and torchvision.
+
+    Raises:
+      InputError: a width that is no multiple of 4.
     """
-    inner = features // 4
+    inner, rest = divmod(features, 4)
+    if rest:
+        near = max(inner, 1)
+        raise InputError(
+            f"a bottleneck's features are four times its inner width, which {features} are not; the"
+            f" nearest numbers that are: {4 * near} and {4 * (near + 1)}"
+        )
     x = activate(conv(inner, 1, strides if strided_conv == 1 else 1, name="conv1")(x))
     x = activate(conv(inner, 3, strides if strided_conv == 2 else 1, name="conv2")(x))
     return conv(features, 1, name="conv3")(x)

@@ -5,7 +5,9 @@ Running variances are carried over as they are, though PyTorch's are the unbiase
 """
 
 import argparse
+import pickletools
 import re
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from resvariants.errors import InputError, check_choice
+from resvariants.errors import InputError, check_choice, first_line
 from resvariants.networks import zoo
 from resvariants.networks.summary import abstract_variables
 from resvariants.networks.zoo import create_model
@@ -28,43 +30,91 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a `.safetensors` file, or of one that PyTorch saved (`.th`, `.pth`, ...).
 
     PyTorch's files are read without running code from them. The state dict may stand in a
-    checkpoint under `state_dict` or `model`.
+    checkpoint under `state_dict`, `model`, `net` or `state_dict_ema`, or under several of these in
+    each other; of several side by side, the first in this order is taken.
 
     Raises:
-      InputError: no such file, one that cannot be read, or a library is missing.
+      InputError: no such file, one that is damaged or holds more than weights, or a library is
+        missing.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path}")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(path)
-        import torch
+        return read(path)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(
             f"{path} needs {error.name}: pip install -e '.[torch]' (.safetensors needs safetensors"
             " alone)"
         ) from None
     except Exception as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, ".safetensors file", first_line(error)) from error
+
+
+def _read_torch(path):
+    import torch
+
     try:
         # Training programs keep their arguments beside the weights: an object without code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
-        raise InputError(
-            f"{path} cannot be read as weights alone ({type(error).__name__}). If you trust it,"
-            " load it in PyTorch and save its state_dict() by itself"
-        ) from error
+        kind = type(error).__name__
+        # PyTorch names that argument where a file asks for more, but also where it makes no sense.
+        if "weights_only" in str(error) and _is_whole(path):
+            raise InputError(
+                f"{path} cannot be read as weights alone ({kind}). If you trust it, load it in"
+                " PyTorch and save its state_dict() by itself"
+            ) from error
+        raise _damaged(path, "file of PyTorch's", kind) from error
     return _to_numpy(content, path)
 
 
+def _damaged(path, kind, why):
+    return InputError(
+        f"{path} is damaged, cut off perhaps, or no {kind} at all ({why}): copy it once more from"
+        " where it came"
+    )
+
+
+def _is_whole(path):
+    # Whether an archive has all it lists, or a file without one the pickles before the weights.
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        with path.open("rb") as file:
+            for _ in range(4):  # a magic number, a version, the system, the state dict
+                for _ in pickletools.genops(file):
+                    pass
+                if not file.peek(1):  # somebody's own, of one pickle
+                    break
+    except Exception:
+        return False
+    return True
+
+
 def _to_numpy(content, source):
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    opened: list[Mapping] = []  # a checkpoint may hold itself
+    while isinstance(content, Mapping) and not any(content is outer for outer in opened):
+        opened.append(content)
+        inner = (content.get(key) for key in ("state_dict", "model", "net", "state_dict_ema"))
+        content = next((part for part in inner if isinstance(part, Mapping)), content)
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds no state dict but a {type(content).__name__}")
     arrays = {}

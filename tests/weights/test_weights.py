@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -283,8 +285,63 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         load_torch("resnet20", tmp_path / "nothing.pth")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights at all")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"damaged, .* or no \.safetensors file"):
         load_torch("resnet20", broken)
+
+
+def test_safetensors_cut_off_anywhere_are_damaged(tmp_path):
+    content = pytest.importorskip("safetensors.numpy").save({"conv1.weight": np.ones((4, 3), "f")})
+    for length in range(len(content)):
+        (tmp_path / "cut.safetensors").write_bytes(content[:length])
+        with pytest.raises(InputError, match="damaged, cut off perhaps"):
+            read_state_dict(tmp_path / "cut.safetensors")
+    (tmp_path / "whole.safetensors").write_bytes(content)
+    assert list(read_state_dict(tmp_path / "whole.safetensors")) == ["conv1.weight"]
+
+
+def saved(tree, archive):
+    """What PyTorch writes, as the archive of today or as it was before."""
+    torch = pytest.importorskip("torch")
+    torch.save(tree, file := io.BytesIO(), _use_new_zipfile_serialization=archive)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_pytorchs_files_cut_off_anywhere_are_damaged(tmp_path, archive):
+    """Also in the middle of a name, which PyTorch then knows as little as somebody's class."""
+    torch = pytest.importorskip("torch")
+    content = saved({"state_dict": {"conv1.weight": torch.ones(4, 3)}}, archive)
+    path = tmp_path / "cut.pth"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match="damaged, cut off perhaps") as caught:
+            read_state_dict(path)
+        assert "trust" not in str(caught.value)
+    path.write_bytes(content)
+    assert list(read_state_dict(path)) == ["conv1.weight"]
+
+
+def test_what_pytorch_did_not_save_is_not_a_matter_of_trust(tmp_path):
+    pytest.importorskip("torch")
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", bytes(1000)):
+        (tmp_path / "weights.pth").write_bytes(content)
+        with pytest.raises(InputError, match="damaged, cut off perhaps, or no file of PyTorch's"):
+            read_state_dict(tmp_path / "weights.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch")
+def test_more_than_weights_is_a_matter_of_trust(tmp_path):
+    torch = pytest.importorskip("torch")
+    code = {"state_dict": {}, "hook": partial(print, "run")}
+    files = {"archive": saved(code, True), "legacy": saved(code, False)}
+    files["of its own"] = pickle.dumps(code)
+    torch.jit.trace(torch.nn.ReLU(), torch.ones(1)).save(tmp_path / "script")
+    files["script"] = (tmp_path / "script").read_bytes()
+    for name, content in files.items():
+        (tmp_path / "code.pth").write_bytes(content)
+        with pytest.raises(InputError, match=r"as weights alone .* If you trust it"):
+            read_state_dict(tmp_path / "code.pth")
+            pytest.fail(name)
 
 
 def test_pytorchs_files_are_read_and_run_no_code(tmp_path):

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ def load_torch(
     stride in the 3x3, as `resnet50_v1_5` and its like have it here.
 
     Args:
-      source: a file (see `read_state_dict`) or a state dict.
+      source: a file (see `read_state_dict`) or a state dict. What wrappers put before names goes
+        away: `module.`, `_orig_mod.`, `model.`, `net.`, in any order and number.
       num_classes: None for as many as the weights have, 0 for features: without heads.
       image_shape: (height, width, channels), if not of the images that the network was made for.
       auxiliary: of GoogLeNet: with its auxiliary classifiers.
@@ -163,7 +165,7 @@ def load_torch(
 
     Raises:
       InputError: no network of that name, or none that the libraries have; a file that cannot be
-        read; tensors missing, surplus or of another shape; all of them are named.
+        read; tensors missing, surplus, of another shape or not finite; all of them are named.
     """
     entry = zoo.find(name)
     image_shape = tuple(image_shape or entry.image_shape)
@@ -180,8 +182,7 @@ def load_torch(
     is_path = isinstance(source, str | Path)
     where = str(source) if is_path else "the state dict"
     tensors = read_state_dict(source) if is_path else _to_numpy(source, where)
-    tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+    tensors = _with_plain_names(tensors, where)
     tables = partial(_tables, name, image_shape, options)
     template, by_library = tables(entry.num_classes)
     library, places = max(
@@ -197,7 +198,9 @@ def load_torch(
     shapes = {place.name: place.shape for place in places.values()}
     if num_classes == 0:  # the weights' own heads are not surplus
         tensors = {n: t for n, t in tensors.items() if n in shapes or n not in whole}
-    _check(shapes, tensors, f"{where} does not fit {name} as {library} has it")
+    used = sorted(shapes.keys() & tensors.keys())
+    not_finite = [name for name in used if not np.isfinite(tensors[name]).all()]
+    _check(shapes, tensors, f"{where} does not fit {name} as {library} has it", not_finite)
     arrays = traverse_util.flatten_dict(template)
     for path, place in places.items():
         array = place.read(tensors[place.name], arrays[path].shape)
@@ -265,7 +268,7 @@ def transfer(given: Any, fresh: Any, new: Collection[str] = ("head",)) -> Any:
     return traverse_util.unflatten_dict({**wanted, **kept(old)}, sep="/")
 
 
-def _check(shapes, tensors, says):
+def _check(shapes, tensors, says, not_finite=()):
     complaints = {
         "missing": sorted(shapes.keys() - tensors.keys()),
         "surplus": sorted(tensors.keys() - shapes.keys()),
@@ -274,15 +277,44 @@ def _check(shapes, tensors, says):
             for name, shape in shapes.items()
             if name in tensors and tensors[name].shape != shape
         ],
+        "not finite": not_finite,
     }
     found = [
         f"  {len(names)} {what}: {', '.join(names)}" for what, names in complaints.items() if names
     ]
+    levels = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+    common = "".join(
+        f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels)
+    )
+    if common and not shapes.keys() & tensors.keys():
+        found.append(
+            f"  every name begins with {common!r}, wrappers' names aside: take away what is no"
+            " layer's"
+        )
     if found:
         raise InputError("\n".join([f"{says}:", *found]))
 
 
+# What programs put before all names, and torch.compile and DataParallel before those of a part.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|net)\.)+|(?<=\.)(?:module|_orig_mod)\.")
+
+
 def _plain_name(name):
     # Without wrappers' names, and torchvision's first DenseNets with the names of today.
-    name = name.removeprefix("_orig_mod.").removeprefix("module.")
+    name = WRAPPERS.sub("", name)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
+
+
+def _with_plain_names(tensors, where):
+    # And without counters.
+    given: dict[str, list[str]] = {}
+    for name in tensors:
+        if not name.endswith("num_batches_tracked"):
+            given.setdefault(_plain_name(name), []).append(name)
+    twice = [" and ".join(names) for names in given.values() if len(names) > 1]
+    if twice:
+        raise InputError(
+            f"{where} holds several networks, of which one is to be given: {len(twice)} pairs of"
+            f" names differ by wrappers' prefixes alone, such as {twice[0]}"
+        )
+    return {plain: tensors[name] for plain, (name,) in given.items()}

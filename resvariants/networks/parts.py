@@ -5,6 +5,7 @@ convolutions with `activate(x)`, BN-ReLU, between them (of several paths: of a l
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError, check_choice
+from resvariants.networks.convolution import he_normal_of_part
 
 
 def single_branch(x, features, strides, conv, activate):
@@ -65,6 +67,10 @@ def aggregated_branch(
     Paths are as much wider as the block is: floor(features / 256 * base_width) channels. The 3x3
     has the stride.
 
+    All forms start alike: kernels from N(0, 2 / n), n being form "c"'s fan-out: C d, 9 C d and
+    `features`. (Paths' own would be C times smaller in the first two layers, for which forms "a"
+    and "b" give `conv` a `kernel_init`.)
+
     Raises:
       InputError: unknown form, or no whole channel in a path.
     """
@@ -82,8 +88,9 @@ def aggregated_branch(
         x = activate(conv(inner, 1, name="conv1")(x))
         x = activate(conv(inner, 3, strides, feature_group_count=cardinality, name="conv2")(x))
         return conv(features, 1, name="conv3")(x)
-    ys = activate([conv(width, 1, name=f"conv1_{i}")(x) for i in paths])
-    ys = [conv(width, 3, strides, name=f"conv2_{i}")(y) for i, y in zip(paths, ys, strict=True)]
+    part = partial(conv, kernel_init=he_normal_of_part(cardinality))
+    ys = activate([part(width, 1, name=f"conv1_{i}")(x) for i in paths])
+    ys = [part(width, 3, strides, name=f"conv2_{i}")(y) for i, y in zip(paths, ys, strict=True)]
     ys = activate(ys)
     if form == "b":
         return conv(features, 1, name="conv3")(jnp.concatenate(ys, axis=-1))

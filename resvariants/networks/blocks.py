@@ -299,8 +299,8 @@ class ResNeXtBlock(Block):
       cardinality, base_width: C and d: paths, and each one's inner channels at 256 features, as
         much wider as the block is.
       form: "a", every path written out; "b", paths concatenated; "c", one grouped convolution.
-        All compute the same (see `resnext.convert_form`). The others are those of `Block` but
-        `branch`; the shortcut is option B.
+        All start alike and compute the same (see `resnext.convert_form`). The others are those of
+        `Block` but `branch`; the shortcut is option B.
     """
 
     shortcut: Any = "B"

@@ -18,8 +18,16 @@ from resvariants.networks.linear import equally_varying, linear_map
 
 ModuleFactory = Callable[..., Any]
 
-# He et al., "Delving deep into rectifiers", the fan-out form that fb.resnet.torch uses.
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+def he_normal_of_part(parts: int) -> nn.initializers.Initializer:
+    """He initialisation of a kernel with the outputs of one of `parts`, as the whole one's has it.
+
+    (He et al., "Delving deep into rectifiers", in the fan-out form that fb.resnet.torch uses.)
+    """
+    return nn.initializers.variance_scaling(2.0 / parts, "fan_out", "normal")
+
+
+he_normal = he_normal_of_part(1)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

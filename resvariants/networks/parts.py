@@ -5,6 +5,7 @@ convolutions with `activate(x)`, BN-ReLU, between them (of several paths: of a l
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resvariants.errors import InputError, check_choice
+from resvariants.networks.convolution import he_normal_of_part
 
 
 def single_branch(x, features, strides, conv, activate):
@@ -30,8 +32,17 @@ def bottleneck_branch(x, features, strides, conv, activate, *, strided_conv=1):
 
     `strided_conv` tells which of the three carries the stride: 1 as in the authors' Caffe models
     (and the paper's 3.8e9 multiply-adds for ResNet-50), 2 as in fb.resnet.torch and torchvision.
+
+    Raises:
+      InputError: a width that is no multiple of 4.
     """
-    inner = features // 4
+    inner, rest = divmod(features, 4)
+    if rest:
+        near = max(inner, 1)
+        raise InputError(
+            f"a bottleneck's features are four times its inner width, which {features} are not; the"
+            f" nearest numbers that are: {4 * near} and {4 * (near + 1)}"
+        )
     x = activate(conv(inner, 1, strides if strided_conv == 1 else 1, name="conv1")(x))
     x = activate(conv(inner, 3, strides if strided_conv == 2 else 1, name="conv2")(x))
     return conv(features, 1, name="conv3")(x)
@@ -56,6 +67,10 @@ def aggregated_branch(
     Paths are as much wider as the block is: floor(features / 256 * base_width) channels. The 3x3
     has the stride.
 
+    All forms start alike: kernels from N(0, 2 / n), n being form "c"'s fan-out: C d, 9 C d and
+    `features`. (Paths' own would be C times smaller in the first two layers, for which forms "a"
+    and "b" give `conv` a `kernel_init`.)
+
     Raises:
       InputError: unknown form, or no whole channel in a path.
     """
@@ -73,8 +88,9 @@ def aggregated_branch(
         x = activate(conv(inner, 1, name="conv1")(x))
         x = activate(conv(inner, 3, strides, feature_group_count=cardinality, name="conv2")(x))
         return conv(features, 1, name="conv3")(x)
-    ys = activate([conv(width, 1, name=f"conv1_{i}")(x) for i in paths])
-    ys = [conv(width, 3, strides, name=f"conv2_{i}")(y) for i, y in zip(paths, ys, strict=True)]
+    part = partial(conv, kernel_init=he_normal_of_part(cardinality))
+    ys = activate([part(width, 1, name=f"conv1_{i}")(x) for i in paths])
+    ys = [part(width, 3, strides, name=f"conv2_{i}")(y) for i, y in zip(paths, ys, strict=True)]
     ys = activate(ys)
     if form == "b":
         return conv(features, 1, name="conv3")(jnp.concatenate(ys, axis=-1))

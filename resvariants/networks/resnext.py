@@ -63,7 +63,9 @@ def convert_form(
 ) -> dict[str, Any]:
     """Variables (or one collection) of a network or block of form `source`, as `target` has them.
 
-    Both compute the same function. Everything but the blocks' branches stays as it is.
+    Both compute the same function, and a step of SGD or AdamW is the same for both, momentum and
+    weight decay included; LAMB and LARS look at the norms of single arrays, which differ.
+    Everything but the blocks' branches stays as it is.
 
     Raises:
       InputError: unknown form, or a cardinality that does not divide the inner width.

@@ -5,9 +5,12 @@ Running variances are carried over as they are, though PyTorch's are the unbiase
 """
 
 import argparse
+import pickletools
 import re
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from resvariants.errors import InputError, check_choice
+from resvariants.errors import InputError, check_choice, first_line
 from resvariants.networks import zoo
 from resvariants.networks.summary import abstract_variables
 from resvariants.networks.zoo import create_model
@@ -28,43 +31,91 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a `.safetensors` file, or of one that PyTorch saved (`.th`, `.pth`, ...).
 
     PyTorch's files are read without running code from them. The state dict may stand in a
-    checkpoint under `state_dict` or `model`.
+    checkpoint under `state_dict`, `model`, `net` or `state_dict_ema`, or under several of these in
+    each other; of several side by side, the first in this order is taken.
 
     Raises:
-      InputError: no such file, one that cannot be read, or a library is missing.
+      InputError: no such file, one that is damaged or holds more than weights, or a library is
+        missing.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path}")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(path)
-        import torch
+        return read(path)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(
             f"{path} needs {error.name}: pip install -e '.[torch]' (.safetensors needs safetensors"
             " alone)"
         ) from None
     except Exception as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, ".safetensors file", first_line(error)) from error
+
+
+def _read_torch(path):
+    import torch
+
     try:
         # Training programs keep their arguments beside the weights: an object without code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
-        raise InputError(
-            f"{path} cannot be read as weights alone ({type(error).__name__}). If you trust it,"
-            " load it in PyTorch and save its state_dict() by itself"
-        ) from error
+        kind = type(error).__name__
+        # PyTorch names that argument where a file asks for more, but also where it makes no sense.
+        if "weights_only" in str(error) and _is_whole(path):
+            raise InputError(
+                f"{path} cannot be read as weights alone ({kind}). If you trust it, load it in"
+                " PyTorch and save its state_dict() by itself"
+            ) from error
+        raise _damaged(path, "file of PyTorch's", kind) from error
     return _to_numpy(content, path)
 
 
+def _damaged(path, kind, why):
+    return InputError(
+        f"{path} is damaged, cut off perhaps, or no {kind} at all ({why}): copy it once more from"
+        " where it came"
+    )
+
+
+def _is_whole(path):
+    # Whether an archive has all it lists, or a file without one the pickles before the weights.
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        with path.open("rb") as file:
+            for _ in range(4):  # a magic number, a version, the system, the state dict
+                for _ in pickletools.genops(file):
+                    pass
+                if not file.peek(1):  # somebody's own, of one pickle
+                    break
+    except Exception:
+        return False
+    return True
+
+
 def _to_numpy(content, source):
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    opened: list[Mapping] = []  # a checkpoint may hold itself
+    while isinstance(content, Mapping) and not any(content is outer for outer in opened):
+        opened.append(content)
+        inner = (content.get(key) for key in ("state_dict", "model", "net", "state_dict_ema"))
+        content = next((part for part in inner if isinstance(part, Mapping)), content)
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds no state dict but a {type(content).__name__}")
     arrays = {}
@@ -103,7 +154,8 @@ def load_torch(
     stride in the 3x3, as `resnet50_v1_5` and its like have it here.
 
     Args:
-      source: a file (see `read_state_dict`) or a state dict.
+      source: a file (see `read_state_dict`) or a state dict. What wrappers put before names goes
+        away: `module.`, `_orig_mod.`, `model.`, `net.`, in any order and number.
       num_classes: None for as many as the weights have, 0 for features: without heads.
       image_shape: (height, width, channels), if not of the images that the network was made for.
       auxiliary: of GoogLeNet: with its auxiliary classifiers.
@@ -113,7 +165,7 @@ def load_torch(
 
     Raises:
       InputError: no network of that name, or none that the libraries have; a file that cannot be
-        read; tensors missing, surplus or of another shape; all of them are named.
+        read; tensors missing, surplus, of another shape or not finite; all of them are named.
     """
     entry = zoo.find(name)
     image_shape = tuple(image_shape or entry.image_shape)
@@ -130,8 +182,7 @@ def load_torch(
     is_path = isinstance(source, str | Path)
     where = str(source) if is_path else "the state dict"
     tensors = read_state_dict(source) if is_path else _to_numpy(source, where)
-    tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+    tensors = _with_plain_names(tensors, where)
     tables = partial(_tables, name, image_shape, options)
     template, by_library = tables(entry.num_classes)
     library, places = max(
@@ -147,7 +198,9 @@ def load_torch(
     shapes = {place.name: place.shape for place in places.values()}
     if num_classes == 0:  # the weights' own heads are not surplus
         tensors = {n: t for n, t in tensors.items() if n in shapes or n not in whole}
-    _check(shapes, tensors, f"{where} does not fit {name} as {library} has it")
+    used = sorted(shapes.keys() & tensors.keys())
+    not_finite = [name for name in used if not np.isfinite(tensors[name]).all()]
+    _check(shapes, tensors, f"{where} does not fit {name} as {library} has it", not_finite)
     arrays = traverse_util.flatten_dict(template)
     for path, place in places.items():
         array = place.read(tensors[place.name], arrays[path].shape)
@@ -215,7 +268,7 @@ def transfer(given: Any, fresh: Any, new: Collection[str] = ("head",)) -> Any:
     return traverse_util.unflatten_dict({**wanted, **kept(old)}, sep="/")
 
 
-def _check(shapes, tensors, says):
+def _check(shapes, tensors, says, not_finite=()):
     complaints = {
         "missing": sorted(shapes.keys() - tensors.keys()),
         "surplus": sorted(tensors.keys() - shapes.keys()),
@@ -224,15 +277,44 @@ def _check(shapes, tensors, says):
             for name, shape in shapes.items()
             if name in tensors and tensors[name].shape != shape
         ],
+        "not finite": not_finite,
     }
     found = [
         f"  {len(names)} {what}: {', '.join(names)}" for what, names in complaints.items() if names
     ]
+    levels = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+    common = "".join(
+        f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels)
+    )
+    if common and not shapes.keys() & tensors.keys():
+        found.append(
+            f"  every name begins with {common!r}, wrappers' names aside: take away what is no"
+            " layer's"
+        )
     if found:
         raise InputError("\n".join([f"{says}:", *found]))
 
 
+# What programs put before all names, and torch.compile and DataParallel before those of a part.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|net)\.)+|(?<=\.)(?:module|_orig_mod)\.")
+
+
 def _plain_name(name):
     # Without wrappers' names, and torchvision's first DenseNets with the names of today.
-    name = name.removeprefix("_orig_mod.").removeprefix("module.")
+    name = WRAPPERS.sub("", name)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
+
+
+def _with_plain_names(tensors, where):
+    # And without counters.
+    given: dict[str, list[str]] = {}
+    for name in tensors:
+        if not name.endswith("num_batches_tracked"):
+            given.setdefault(_plain_name(name), []).append(name)
+    twice = [" and ".join(names) for names in given.values() if len(names) > 1]
+    if twice:
+        raise InputError(
+            f"{where} holds several networks, of which one is to be given: {len(twice)} pairs of"
+            f" names differ by wrappers' prefixes alone, such as {twice[0]}"
+        )
+    return {plain: tensors[name] for plain, (name,) in given.items()}

@@ -252,6 +252,13 @@ def test_wrong_names_are_refused_with_the_allowed_ones(options, message):
         rv.BasicBlock(8, **options)
 
 
+@pytest.mark.parametrize("block", [rv.BottleneckBlock, rv.PreActBottleneckBlock])
+@pytest.mark.parametrize(("features", "nearest"), [(10, "8 and 12"), (3, "4 and 8")])
+def test_a_bottleneck_has_a_quarter_of_its_features_inside(block, features, nearest):
+    with pytest.raises(InputError, match=f"which {features} are not; .* that are: {nearest}"):
+        block(features, train=False).init(jax.random.key(0), images(1, 4, 4, 8))
+
+
 def test_options_by_name_are_those_of_the_functions():
     by_name = rv.BasicBlock(8, placement="full_preactivation", shortcut="B", strides=2, train=False)
     x = images(2, 4, 4, 4)

@@ -10,10 +10,12 @@ import pytest
 import reference
 from nets import check_tree, images, random_variables
 
-from resvariants import Block, InputError, batch_norm, create_model
+from configs.cifar10 import get_config
+from resvariants import Block, InputError, ResNeXtBlock, batch_norm, create_model
 from resvariants.networks.parts import aggregated_branch
 from resvariants.networks.resnext import convert_form, resnext
 from resvariants.networks.shortcuts import projection_shortcut
+from resvariants.training.optimizer import make_optimizer
 from resvariants.training.step import TrainState, train_step
 
 TINY = (8, 8, 3)
@@ -51,6 +53,38 @@ def test_the_forms_compute_the_same_function_and_gradients(form, in_form_c):
     back = convert_form(ours, form, "c", 4)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
     check_tree(back, theirs, atol=1e-5 * scale)
+
+    def stepped(tree, gradients, rate=0.1):
+        optimizer = make_optimizer(get_config("resnext29_1x1d").optimizer, lambda step: rate)
+        params, grads = tree["params"], gradients["params"]
+        return optax.apply_updates(
+            params, optimizer.update(grads, optimizer.init(params), params)[0]
+        )
+
+    back = convert_form(stepped(converted, ours), form, "c", 4)
+    check_tree(back, stepped(variables, theirs), atol=1e-6 * scale)
+
+
+def check_start(variables, form):
+    """Deviations are He's for the whole layers (paper's table 1: C d, C d and 256, 512, ...).
+
+    A kernel of n numbers has one that is off by 1 / sqrt(2 n) of itself, typically; five times
+    that is allowed, and is far from the sqrt(C) that a path's own fan-out makes.
+    """
+    for path, kernel in jax.tree_util.tree_leaves_with_path(convert_form(variables, form, "c", 4)):
+        if path[-1].key == "kernel" and kernel.ndim > 2:
+            height, width, _, outputs = kernel.shape[-4:]
+            deviation = np.std(kernel) / np.sqrt(2 / (height * width * outputs))
+            assert abs(deviation - 1) < 5 / np.sqrt(2 * kernel.size) < 0.5, path
+
+
+@pytest.mark.parametrize("form", ["a", "b", "c"])
+def test_the_forms_start_alike(form):
+    block = ResNeXtBlock(256, cardinality=4, base_width=8, form=form)
+    net = resnext((1, 2), 10, cardinality=4, base_width=2, form=form)
+    for module, shape in ((block, (2, 2, 64)), (net, TINY)):
+        init = jax.jit(partial(module.init, train=False))
+        check_start(init(jax.random.key(0), images(1, *shape)), form)
 
 
 @pytest.mark.slow  # one step of it, with its gradients, is the test above

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -21,7 +23,13 @@ from resvariants import InputError, create_model, list_models
 from resvariants.networks.summary import abstract_variables
 from resvariants.networks.zoo import ZOO, find
 from resvariants.training.parallel import compiler_options
-from resvariants.weights.convert import load_torch, read_state_dict, to_torch, transfer
+from resvariants.weights.convert import (
+    _plain_name,
+    load_torch,
+    read_state_dict,
+    to_torch,
+    transfer,
+)
 from resvariants.weights.stacks import stack, unstack
 
 CIFAR = (32, 32, 3)
@@ -100,6 +108,7 @@ def test_state_dicts_have_the_libraries_names_and_shapes(library, name):
     lines = [f"{tensor} {array.shape}\n" for tensor, array in sorted(tensors.items())]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
     assert (len(tensors), digest) == STATE_DICTS[library, name]
+    assert all(_plain_name(tensor) == tensor for tensor in tensors)  # no wrapper's name in it
 
 
 SMALL = {
@@ -255,6 +264,91 @@ def test_checkpoints_may_hold_more_than_weights():
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
+@pytest.mark.parametrize(
+    "wrappers", ["module._orig_mod.", "_orig_mod.module.", "model.net.", "net.module.module.model."]
+)
+def test_wrappers_names_are_no_part_of_tensors_names(wrappers):
+    variables = random_variables(create_model("resnet20"), CIFAR)
+    tensors = {wrappers + name: array for name, array in to_torch(variables).items()}
+    loaded = load_torch("resnet20", tensors | {f"{wrappers}bn1.num_batches_tracked": np.int64(7)})
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_wrappers_of_a_part_do_not_count_either():
+    """DataParallel around `features` alone, as PyTorch's ImageNet example has it for AlexNet."""
+    shapes = abstract_variables(create_model("alexnet_single_tower"), (224, 224, 3))
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    tensors = {
+        name.replace("features.", "features.module."): array
+        for name, array in to_torch(zeros).items()
+    }
+    loaded = load_torch("alexnet_single_tower", tensors)
+    assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, zeros)
+
+
+@pytest.mark.parametrize(
+    "keys", [("net",), ("state_dict_ema",), ("state_dict", "model"), ("net", "model", "net")]
+)
+def test_checkpoints_may_hold_checkpoints(keys):
+    variables = random_variables(create_model("resnet20"), CIFAR)
+    content = to_torch(variables)
+    for key in keys:
+        content = {"epoch": 3, key: content}
+    loaded = load_torch("resnet20", content)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_weights_go_before_their_moving_average():
+    own, average = (to_torch(random_variables(create_model("resnet20"), CIFAR, i)) for i in (0, 1))
+    loaded = load_torch("resnet20", {"state_dict_ema": average, "state_dict": own})
+    np.testing.assert_array_equal(to_torch(loaded)["linear.weight"], own["linear.weight"])
+
+
+def test_a_checkpoint_that_holds_itself_ends():
+    checkpoint = {}
+    checkpoint["model"] = {"net": checkpoint}
+    with pytest.raises(InputError, match="97 missing"):
+        load_torch("resnet20", checkpoint)
+
+
+def test_several_networks_in_one_state_dict_are_not_mixed():
+    tensors = to_torch(random_variables(create_model("resnet20"), CIFAR))
+    both = {f"{net}.{name}": a for name, a in tensors.items() for net in ("model", "net")}
+    with pytest.raises(InputError, match=r"several .*: 97 pairs .* model\.(.*) and net\.\1$"):
+        load_torch("resnet20", both)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "module.encoder.0."])
+def test_another_prefix_of_all_names_is_told(prefix):
+    tensors = to_torch(random_variables(create_model("resnet20"), CIFAR))
+    wrapped = {prefix + name: array for name, array in tensors.items()}
+    plain = prefix.removeprefix("module.")
+    with pytest.raises(InputError, match=f"every name begins with '{re.escape(plain)}'"):
+        load_torch("resnet20", wrapped)
+    with pytest.raises(InputError) as caught:  # of a checkpoint with a head of its own
+        load_torch("resnet20", wrapped | {"linear.weight": tensors["linear.weight"]})
+    assert "every name" not in str(caught.value)
+
+
+def test_tensors_that_are_not_finite_are_all_named():
+    tensors = to_torch(random_variables(create_model("resnet20"), CIFAR))
+    for name, value in (("layer2.0.conv1.weight", np.nan), ("bn1.running_var", np.inf)):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[5] = value
+    del tensors["bn1.weight"]
+    with pytest.raises(InputError) as caught:
+        load_torch("resnet20", tensors)
+    assert str(caught.value).splitlines()[1:] == [
+        "  1 missing: bn1.weight",
+        "  2 not finite: bn1.running_var, layer2.0.conv1.weight",
+    ]
+    tensors = to_torch(random_variables(create_model("resnet20"), CIFAR))
+    tensors["linear.bias"] = np.full(10, -np.inf, np.float32)
+    with pytest.raises(InputError, match=r"1 not finite: linear\.bias$"):
+        load_torch("resnet20", tensors)
+    load_torch("resnet20", tensors, num_classes=0)  # that head is not taken
+
+
 def test_parameters_alone_are_refused():
     variables = random_variables(create_model("resnet20"), CIFAR)
     for call in (to_torch, partial(transfer, variables), lambda v: transfer(v, variables)):
@@ -283,8 +377,63 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         load_torch("resnet20", tmp_path / "nothing.pth")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights at all")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"damaged, .* or no \.safetensors file"):
         load_torch("resnet20", broken)
+
+
+def test_safetensors_cut_off_anywhere_are_damaged(tmp_path):
+    content = pytest.importorskip("safetensors.numpy").save({"conv1.weight": np.ones((4, 3), "f")})
+    for length in range(len(content)):
+        (tmp_path / "cut.safetensors").write_bytes(content[:length])
+        with pytest.raises(InputError, match="damaged, cut off perhaps"):
+            read_state_dict(tmp_path / "cut.safetensors")
+    (tmp_path / "whole.safetensors").write_bytes(content)
+    assert list(read_state_dict(tmp_path / "whole.safetensors")) == ["conv1.weight"]
+
+
+def saved(tree, archive):
+    """What PyTorch writes, as the archive of today or as it was before."""
+    torch = pytest.importorskip("torch")
+    torch.save(tree, file := io.BytesIO(), _use_new_zipfile_serialization=archive)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_pytorchs_files_cut_off_anywhere_are_damaged(tmp_path, archive):
+    """Also in the middle of a name, which PyTorch then knows as little as somebody's class."""
+    torch = pytest.importorskip("torch")
+    content = saved({"state_dict": {"conv1.weight": torch.ones(4, 3)}}, archive)
+    path = tmp_path / "cut.pth"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match="damaged, cut off perhaps") as caught:
+            read_state_dict(path)
+        assert "trust" not in str(caught.value)
+    path.write_bytes(content)
+    assert list(read_state_dict(path)) == ["conv1.weight"]
+
+
+def test_what_pytorch_did_not_save_is_not_a_matter_of_trust(tmp_path):
+    pytest.importorskip("torch")
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", bytes(1000)):
+        (tmp_path / "weights.pth").write_bytes(content)
+        with pytest.raises(InputError, match="damaged, cut off perhaps, or no file of PyTorch's"):
+            read_state_dict(tmp_path / "weights.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch")
+def test_more_than_weights_is_a_matter_of_trust(tmp_path):
+    torch = pytest.importorskip("torch")
+    code = {"state_dict": {}, "hook": partial(print, "run")}
+    files = {"archive": saved(code, True), "legacy": saved(code, False)}
+    files["of its own"] = pickle.dumps(code)
+    torch.jit.trace(torch.nn.ReLU(), torch.ones(1)).save(tmp_path / "script")
+    files["script"] = (tmp_path / "script").read_bytes()
+    for name, content in files.items():
+        (tmp_path / "code.pth").write_bytes(content)
+        with pytest.raises(InputError, match=r"as weights alone .* If you trust it"):
+            read_state_dict(tmp_path / "code.pth")
+            pytest.fail(name)
 
 
 def test_pytorchs_files_are_read_and_run_no_code(tmp_path):

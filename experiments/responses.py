@@ -64,8 +64,11 @@ def main() -> None:
         "# Responses of the layers",
         "",
         f"{budget(networks)} Standard deviations over the first {args.images} test images (or all),"
-        " all positions and channels, with running statistics; means over seeds. Where BatchNorm"
-        " precedes its convolution (pre-activation), it is the normalised input that is measured.",
+        " all positions and channels, with running statistics; means over seeds. Shortcuts'"
+        " projections are left out. Pre-activation nets' numbers are of something else: where"
+        " BatchNorm precedes its convolution, it is that convolution's normalised input that is"
+        " measured, not the residual function's response, and last what the classifier pools. Where"
+        " BatchNorm stands after the addition, it is the whole block's output.",
         "",
         *table(header, rows),
         "",

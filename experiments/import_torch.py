@@ -15,7 +15,7 @@ from absl import flags
 
 from common.commandline import define_config, run_with_config
 from resvariants.data import sets
-from resvariants.training import evaluation
+from resvariants.training import evaluation, keys
 from resvariants.training.result import print_table, result_table
 from resvariants.weights.convert import load_torch
 
@@ -28,7 +28,9 @@ flags.mark_flags_as_required(["config", "weights", "workdir"])
 def main() -> None:
     """Reads the weights, measures their errors and writes the workdir."""
     path, config = Path(WEIGHTS.value), CONFIG.value
-    data_set = sets.find(config.dataset.name)
+    keys.check(config)
+    dataset = config.dataset
+    data_set = sets.find(dataset.name, dataset.data_dir, dataset.image_size)
     variables = load_torch(
         config.model.name,
         path,

@@ -4,13 +4,16 @@ python experiments/paths.py --workdir=runs/resnet110 --out=runs/paths [--train_e
 
 Veit et al. 2016, 5: of n residual blocks, k chosen at random pass the gradient through their
 residual branch alone and the others through their shortcut alone. The norm of what arrives at the
-images, times the number of paths of length k, is what that length contributes. With
---train_effective the same network is trained on short paths only: the same number of random blocks
-for every batch, 23 of 54. `report.md` and `paths.png` are written to --out; an interrupted study
-goes on where it stopped.
+images, times the number of paths of length k, is what that length contributes. Every measurement
+has a path and a random batch of training images of its own. With --train_effective the same network
+is trained on short paths only: the same number of random blocks for every batch, 23 of 54.
+`report.md` and `paths.png` are written to --out; an interrupted study goes on where it stopped, and
+one with more --samples keeps those that are there.
 """
 
 import argparse
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from common.reports import (
     table,
     write_report,
 )
-from common.runs import load_run, read_run
+from common.runs import batches_of, load_run, read_run
 from resvariants import InputError
 from resvariants.analysis.lesions import make_errors, residual_scales
 from resvariants.analysis.paths import make_path_gradients
@@ -56,7 +59,7 @@ def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path:
     axes[1].fill_between(
         range(len(norms)), *np.quantile(norms, [0.1, 0.9], axis=1), alpha=0.2, linewidth=0
     )
-    axes[1].set(title="gradient at the images", xlabel="length", ylabel="norm")
+    axes[1].set(title="gradient at the images (10 to 90 %)", xlabel="length", ylabel="norm")
     axes[2].plot(contributions / contributions.sum(), ".-", markersize=3)
     axes[2].set(title="contribution", xlabel="length", ylabel="share of the total")
     save_figure(figure, path)
@@ -74,9 +77,10 @@ def train_effective(args: argparse.Namespace, total: int) -> list[str]:
         config.dataset.data_dir = args.data_dir
     loop.train(config, args.out / "effective")
     effective = read_run(args.out / "effective")
-    studied = load_run(args.out / "effective", 10**9, args.data_dir)
+    studied = load_run(args.out / "effective", args.data_dir)
     # As if it were of constant depth: with none of its residuals scaled.
-    unscaled = make_errors(studied.model.clone(survival_probability=1.0), studied.batches)
+    batches = studied.test_batches(10**9)
+    unscaled = make_errors(studied.model.clone(survival_probability=1.0), batches)
     rows = [
         [f"all {total} blocks", full.result["train_error"], full.result["test_error"], "6.10"],
         [
@@ -109,36 +113,39 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="a finished run of a residual network")
     parser.add_argument("--out", type=folder, required=True, help="folder of the report")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
-    parser.add_argument("--images", type=int, default=128, help="of the batch that all paths see")
-    parser.add_argument("--samples", type=int, default=20, help="for each length; the paper: 1000")
+    parser.add_argument("--images", type=int, default=128, help="of a measurement's batch")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="measurements of each length; the paper: 1000"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_effective", action="store_true", help="on short paths only, too")
     args = parser.parse_args()
     if min(args.images, args.samples) < 1:
         raise InputError("--images and --samples are at least 1")
-    studied = load_run(args.workdir, args.images, args.data_dir, batch_size=args.images)
-    model, (batch,) = studied.model, studied.batches
+    studied = load_run(args.workdir, args.data_dir)
+    model, training_images = studied.model, studied.setup.splits["train"].size
+    images = min(args.images, training_images)
     gradient = make_path_gradients(model)
     if args.train_effective and (residual_scales(model) != 1).any():
         raise InputError(f"--train_effective: {studied.name} has no full net to compare with")
     remember = Remembered(args.out / "paths.jsonl")
     total = model.num_blocks
 
-    def norms_of(length):
-        rng = np.random.default_rng([args.seed, length])
-        found = []
-        for _ in range(args.samples):
-            chosen = np.isin(np.arange(total), rng.choice(total, length, replace=False))
-            found.append(gradient(studied.variables, batch, chosen))
-        return found
+    def norm_of(length, sample):
+        rng = np.random.default_rng([args.seed, length, sample])
+        chosen = np.isin(np.arange(total), rng.choice(total, length, replace=False))
+        drawn = rng.choice(training_images, images, replace=False)
+        (batch,) = batches_of(studied.setup, "train", drawn, images)
+        return gradient(studied.variables, batch, chosen)
 
-    key = [*studied.key, args.samples, args.seed]
+    key = [*studied.key, "training images", images, args.seed]
+    measurements = list(product(range(total + 1), range(args.samples)))
     norms = np.array(
         [
-            remember([*key, length], lambda length=length: norms_of(length))
-            for length in progress(range(total + 1), "lengths")
+            remember([*key, *measurement], partial(norm_of, *measurement))
+            for measurement in progress(measurements, "measurements")
         ]
-    )
+    ).reshape(total + 1, args.samples)
     counts = binom.pmf(range(total + 1), total, 0.5)
     contributions = counts * norms.mean(axis=1)
     first, last = shortest_range(contributions, 0.95)
@@ -150,8 +157,11 @@ def main() -> None:
     lines = [
         "# Gradients by path length",
         "",
-        f"{studied.name}: {total} blocks, {args.samples} random paths of each length, one batch of"
-        f" {studied.images} test images, batch statistics as after training, seed {args.seed}.",
+        f"{studied.name}: {total} blocks, {args.samples} measurements of each length (the paper:"
+        f" 1,000), each of a random path and a random batch of {images} training images, seed"
+        f" {args.seed}. Images are as evaluation sees them, without augmentation; BatchNorm uses"
+        " its running statistics. Lines are means; the band is from the 10 % to the 90 % quantile"
+        " of the measurements.",
         "",
         "| | here | the paper (CIFAR-10, 54 blocks) |",
         "|---|---|---|",

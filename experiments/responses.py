@@ -23,11 +23,10 @@ MODELS = ["plain20", "plain56", "resnet20", "resnet56", "resnet110"]
 
 
 def responses(found: Finished, args: argparse.Namespace) -> np.ndarray:
-    """Of each layer of the trained network, over the first test images in one batch."""
+    """Of each layer of the trained network, over test images in one batch."""
     setup, model, variables = trained(found, args.data_dir)
     function = make_layer_responses(model)
-    images = min(args.images, setup.splits["test"].size)
-    (batch,) = batches_of(setup, "test", images, images)
+    (batch,) = batches_of(setup, "test", args.images, args.images)
     return np.asarray(function(variables, batch["image"]))
 
 
@@ -63,9 +62,12 @@ def main() -> None:
     lines = [
         "# Responses of the layers",
         "",
-        f"{budget(networks)} Standard deviations over the first {args.images} test images (or all),"
-        " all positions and channels, with running statistics; means over seeds. Where BatchNorm"
-        " precedes its convolution (pre-activation), it is the normalised input that is measured.",
+        f"{budget(networks)} Standard deviations over {args.images} test images (or all), all"
+        " positions and channels, with running statistics; means over seeds. Shortcuts'"
+        " projections are left out. Pre-activation nets' numbers are of something else: where"
+        " BatchNorm precedes its convolution, it is that convolution's normalised input that is"
+        " measured, not the residual function's response, and last what the classifier pools. Where"
+        " BatchNorm stands after the addition, it is the whole block's output.",
         "",
         *table(header, rows),
         "",

@@ -16,6 +16,8 @@ from resvariants.training.setup import Setup
 from resvariants.training.step import TrainState
 from resvariants.training.workdir import Workdir, read_config, read_result
 
+CENTRE = 4  # of `stream.ten_crop`'s
+
 
 class Finished(NamedTuple):
     """A finished training run."""
@@ -65,44 +67,62 @@ def variables_by_step(run: Finished, setup: Setup) -> Iterator[tuple[int, Any]]:
 
 
 class Loaded(NamedTuple):
-    """A finished run: its network, trained variables, and test images in batches on the device."""
+    """A finished run: its network, trained variables, and what its config stands for."""
 
     name: str
     key: list  # what no other run has, nor the same one trained again
-    images: int
+    config: ConfigDict
+    setup: Setup
     model: Any
     variables: Any
-    batches: list[dict[str, jax.Array]]
+
+    def test_batches(self, images: int) -> list[dict[str, jax.Array]]:
+        """So many test images in `batches_of` the run's evaluation."""
+        size = self.config.eval_batch_size
+        return batches_of(self.setup, "test", images, size, ten_crop=True)
 
 
-def load_run(
-    workdir: str | Path, images: int, data_dir: str | None = None, batch_size: int | None = None
-) -> Loaded:
-    """The finished run in `workdir`, with the first `images` test images.
+def load_run(workdir: str | Path, data_dir: str | None = None) -> Loaded:
+    """The finished run in `workdir`.
 
     Args:
       data_dir: where the data set lies now, if it has moved.
-      batch_size: of the images; None is that of the run's evaluation.
 
     Raises:
       InputError: no run there or none that is finished, or what `evaluation.load` raises.
     """
     run = read_run(Path(workdir))
     setup, model, variables = trained(run, data_dir)
-    images = min(images, setup.splits["test"].size)
-    batches = batches_of(setup, "test", images, batch_size or run.config.eval_batch_size)
     model_name, data_set = run.result["model"], run.result["dataset"]
     name = f"{workdir}: {model_name} on {data_set}"
     if run.config.model.survival_probability < 1:
         name += ", stochastic depth"
     training = run.result.get("origin") or run.result["train_seconds"]
-    key = [model_name, data_set, training, images]
-    return Loaded(name, key, images, model, variables, batches)
+    return Loaded(name, [model_name, data_set, training], run.config, setup, model, variables)
 
 
-def batches_of(setup: Setup, split: str, images: int, batch_size: int) -> list:
-    """The first `images` images of a split, in evaluation batches on one device."""
-    part = setup.splits[split].take(np.arange(images))
+def batches_of(
+    setup: Setup,
+    split: str,
+    images: int | np.ndarray,
+    batch_size: int,
+    *,
+    ten_crop: bool = False,
+) -> list[dict[str, jax.Array]]:
+    """Images of a split, as evaluation sees them, in batches on one device.
+
+    Args:
+      images: their positions, or how many, spread evenly: folders have them class by class.
+      ten_crop: with all crops, where the run's evaluation takes ten; else their centre alone.
+    """
+    size = setup.splits[split].size
+    if isinstance(images, int):
+        images = min(images, size)
+        images = np.arange(images) * size // images
+    part = setup.splits[split].take(images)
     here = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), PartitionSpec("batch"))
-    batches = setup.evaluation_batches(part, min(batch_size, images), sharding=here)
-    return [batch for batch, _ in batches]
+    found = setup.evaluation_batches(part, min(batch_size, len(images)), sharding=here)
+    batches = [batch for batch, _ in found]
+    if ten_crop or batches[0]["image"].ndim == 4:
+        return batches
+    return [{**batch, "image": batch["image"][:, CENTRE]} for batch in batches]

@@ -32,7 +32,7 @@ def make_path_gradients(model: nn.Module):
 
     The forward pass is the full net's, in evaluation. Backward, blocks whose `chosen` is true pass
     the gradient through their residual branch alone and the others through their shortcut alone:
-    what arrives has gone along one path.
+    what arrives has gone along one path. The loss is the mean over examples whose `mask` is true.
 
     Raises:
       InputError: not a network of unweighted residual blocks.
@@ -50,7 +50,7 @@ def make_path_gradients(model: nn.Module):
         def loss(images):
             logits = one_path.apply(variables, images, train=False, gates=gates)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return PATH_SCALE * losses.mean()
+            return PATH_SCALE * losses.mean(where=batch["mask"])
 
         found = jax.grad(loss)(batch["image"])
         largest = jnp.abs(found).max()

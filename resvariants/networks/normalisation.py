@@ -176,6 +176,7 @@ class BatchNorm(nn.Module):
             if self.is_mutable_collection("responses") and not self.is_initializing():
                 # For `analysis.make_layer_responses`.
                 self.sow("responses", "deviation", y.astype(jnp.float32).std())
+                self.sow("responses", "mean", y.astype(jnp.float32).mean())
             return y
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)

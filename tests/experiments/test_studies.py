@@ -6,17 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import jax
 import numpy as np
 import pytest
+from nets import random_variables
+from PIL import Image
 from repository import QUICKLY, ROOT
 
 from configs import digits
-from resvariants import InputError, registers
-from resvariants.data import sets
+from resvariants import InputError, create_model, registers
+from resvariants.data import sets, stream
 from resvariants.data.splits import Source, Split
 from resvariants.training import loop
+from resvariants.training.setup import set_up
+from resvariants.weights import to_torch
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare
@@ -113,6 +118,92 @@ def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
     whole = cells((tmp_path / "report.md").read_text(), f"{finished}: resnet20 on digits")[1]
     expected = json.loads((finished / "result.json").read_text())["test_error"]
     assert whole == f"{expected:.2f}"
+
+
+def test_every_path_is_measured_on_training_images_of_its_own(
+    finished, tmp_path, start, monkeypatch
+):
+    seen = []
+
+    def make_recorder(model):
+        def record(variables, batch, chosen):
+            seen.append((np.asarray(batch["image"]), np.asarray(batch["label"]), chosen))
+            return 1.0 + len(seen)
+
+        return record
+
+    monkeypatch.setattr(paths, "make_path_gradients", make_recorder)
+    start(paths, "--workdir", finished, f"--out={tmp_path}", "--images=24", "--samples=3")
+    assert len(seen) == 3 * 10
+    setup = runs.load_run(finished).setup
+    (everything,) = runs.batches_of(setup, "train", 128, 128)
+    ordered = {image.tobytes(): i for i, image in enumerate(np.asarray(everything["image"]))}
+    drawn = []
+    for number, (images, labels, chosen) in enumerate(seen):
+        assert chosen.sum() == number // 3
+        positions = [ordered[image.tobytes()] for image in images]  # not augmented
+        np.testing.assert_array_equal(labels, everything["label"][np.array(positions)])
+        assert len(set(positions)) == 24
+        drawn.append(tuple(positions))
+    assert len(set(drawn)) == len(drawn)
+    # With more measurements, those that are there stay as they are.
+    seen.clear()
+    start(paths, "--workdir", finished, f"--out={tmp_path}", "--images=24", "--samples=4")
+    assert [chosen.sum() for *_, chosen in seen] == list(range(10))
+    assert "4 measurements of each length" in check_report(tmp_path, "24 training images")
+
+
+def test_an_imported_network_is_studied_on_images_from_disk(tmp_path, start):
+    """As on ImageNet: PyTorch's weights, and an image_folder."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    rng = np.random.default_rng(0)
+    for split, name, count in product(("train", "val"), ("ape", "bee", "cat"), range(4)):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20, 22, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{count}.png")
+    damaged = tmp_path / "images" / "val" / "bee" / "3.png"
+    damaged.write_bytes(b"no image")
+    model = create_model("resnet8", 3)
+    variables = random_variables(model, (16, 16, 3))
+    save_file(to_torch(variables), tmp_path / "weights.safetensors")
+    command = [sys.executable, ROOT / "experiments" / "import_torch.py"]
+    command += [f"--config={ROOT / 'configs' / 'imagenet.py'}:resnet8"]
+    command += ["--config.dataset.name=image_folder", "--config.dataset.image_size=16"]
+    command += [f"--config.dataset.data_dir={tmp_path / 'images'}", "--config.eval_batch_size=4"]
+    command += ["--config.dataset.max_corrupt_images=1", "--config.batch_size=4"]
+    command += [f"--weights={tmp_path / 'weights.safetensors'}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+    start(lesion, "--workdirs", tmp_path / "run", f"--out={tmp_path / 'lesion'}", "--repeats=1")
+    check_report(tmp_path / "lesion", "11 test images", "Top-1 errors", "run: resnet8")
+    lines = map(json.loads, (tmp_path / "lesion" / "lesions.jsonl").read_text().splitlines())
+    found = {tuple(json.loads(line["key"])[5:]): line["value"] for line in lines}
+    readable = sorted(set((tmp_path / "images" / "val").glob("*/*")) - {damaged})
+    images = np.stack([stream.centre(Image.open(path), 16) for path in readable]) / 255
+    images = (images - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    labels = np.array(["abc".index(path.parent.name[0]) for path in readable])
+    for block in range(3):
+        gates = np.arange(3) != block
+        logits = model.apply(variables, images.astype(np.float32), train=False, gates=gates)
+        wrong = 100 * (np.asarray(logits).argmax(-1) != labels).mean()
+        assert found["single", block] == pytest.approx(wrong)
+    assert max(job[1] for job in found if job[0] == "many") == 3  # of ten that were asked for
+
+    out = tmp_path / "paths"
+    start(paths, "--workdir", tmp_path / "run", f"--out={out}", "--images=5", "--samples=2")
+    check_report(out, "5 training images")
+
+    # Some are of all classes; where evaluation takes ten crops, studies see their centre.
+    plain = runs.load_run(tmp_path / "run")
+    plain.config.dataset.ten_crop = True
+    tenfold = set_up(plain.config)
+    (ours,), (crop,) = (runs.batches_of(s, "train", 3, 8) for s in (tenfold, plain.setup))
+    assert crop["label"].tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(ours["image"], crop["image"])
+    (batch,) = plain._replace(setup=tenfold).test_batches(3)
+    assert batch["image"].shape == (3, 10, 16, 16, 3)
 
 
 def test_a_network_trained_on_short_paths_stands_beside_the_full_one(finished, tmp_path, start):
@@ -239,8 +330,6 @@ def test_a_study_refuses_what_is_no_finished_run(module, finished, tmp_path, sta
 
 def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
     out = f"--out={tmp_path / 'out'}"
-    says = refused(start, lesion, "--workdirs", finished, out, "--max_deletions=10")
-    assert "has only 9 blocks" in says
     for arguments, says in (
         (["--models", "resnet8", "resnet9"], "resnet9"),
         (["--models", "resnet8,model.remt=block"], "nearest: model.remat"),

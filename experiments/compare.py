@@ -15,9 +15,8 @@ from common.commandline import keys, make_parser, run
 from common.recipes import add_training_arguments, chosen_networks
 from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
 from common.runs import Finished
-from resvariants.networks.papers import TEST_ERRORS
 from resvariants.training.keys import EXECUTION_KEYS
-from resvariants.training.report import plot_curves
+from resvariants.training.report import plot_curves, reported_errors
 
 MISSION = [
     "resnet110",
@@ -29,18 +28,15 @@ MISSION = [
 
 def paper(finished: Finished) -> str:
     """The paper's test error of the same network, or else of it on CIFAR-10, or nothing."""
-    model = finished.config.model
-    if model.options or (model.survival_schedule, model.survival_draw) != ("linear", "batch"):
-        return ""
-    name, survival = model.name, model.survival_probability
-    if found := TEST_ERRORS.get((finished.config.dataset.name, name, survival)):
-        return f"{found.error:.2f} ({found.source})"
-    found = TEST_ERRORS.get(("cifar10", name, survival))
-    return f"CIFAR-10: {found.error:.2f} ({found.source})" if found else ""
+    if found := reported_errors(finished.config):
+        return str(found)
+    found = reported_errors(finished.config, "cifar10")
+    return f"CIFAR-10: {found}" if found else ""
 
 
 def results_table(networks: dict[str, list[Finished]]) -> list[str]:
-    """One row for each network."""
+    """One row for each network; top-5 errors where there are any."""
+    top5 = any("test_top5_error" in run.result for runs in networks.values() for run in runs)
     header = (
         "network",
         "parameters",
@@ -49,6 +45,7 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
         "training s",
         "training error",
         "test error",
+        *["test top-5 error"] * top5,
         "the paper's test error",
     )
     rows = []
@@ -65,10 +62,16 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
                 mean_and_deviation([r["train_seconds"] for r in results], ".0f"),
                 mean_and_deviation([r["train_error"] for r in results]),
                 mean_and_deviation([r["test_error"] for r in results]),
+                *[_mean_top5(results)] * top5,
                 paper(runs[0]),
             ]
         )
     return table(header, rows)
+
+
+def _mean_top5(results):
+    found = [r["test_top5_error"] for r in results if "test_top5_error" in r]
+    return mean_and_deviation(found) if found else ""
 
 
 def differences(networks: dict[str, list[Finished]]) -> list[str]:

@@ -1,25 +1,54 @@
-"""Evaluates the newest checkpoint of a workdir.
+"""Evaluates the newest checkpoint of a workdir, or of several as an ensemble.
 
 python experiments/evaluate.py --workdir=runs/r110 [--split=test] [--data_dir=DIR]
+python experiments/evaluate.py --workdirs runs/a runs/b runs/c
+python experiments/evaluate.py --workdir=runs/resnet50 --scales 224 256 384 480 640
 """
 
+from pathlib import Path
+
 from common.commandline import make_parser, run
-from resvariants.training import evaluation
+from resvariants.training.ensembles import evaluate_together
+from resvariants.training.report import reported_errors
+from resvariants.training.workdir import read_config
+
+
+def describe(values: dict[str, float]) -> str:
+    """Loss, errors and speed in words."""
+    top5 = f", top-5 error {values['top5_error']:.2f} %" if "top5_error" in values else ""
+    return (
+        f"loss {values['loss']:.4f}, error {values['error']:.2f} %{top5}"
+        f" ({values['images'] / values['seconds']:,.0f} images/s)"
+    )
 
 
 def main() -> None:
-    """Prints loss and error over the whole split."""
+    """Prints loss and errors over the whole split."""
     parser = make_parser(__doc__)
-    parser.add_argument("--workdir", required=True)
+    runs = parser.add_mutually_exclusive_group(required=True)
+    runs.add_argument("--workdir")
+    runs.add_argument("--workdirs", nargs="+", help="an ensemble: probabilities are averaged")
     parser.add_argument("--split", default="test", help="test, validation or train")
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
-    args = parser.parse_args()
-    values = evaluation.evaluate(args.workdir, args.split, args.data_dir)
-    print(
-        f"{args.workdir} at step {values['step']}, {values['images']:,} {args.split} images:"
-        f" loss {values['loss']:.4f}, error {values['error']:.2f} %"
-        f" ({values['images'] / values['seconds']:,.0f} images/s)"
+    parser.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        default=[],
+        help="of whole images, streamed ones: lengths of the shorter side, averaged over",
     )
+    args = parser.parse_args()
+    paths = args.workdirs or [args.workdir]
+    found, together = evaluate_together(paths, args.split, args.data_dir, args.scales)
+    at = f" at scales {', '.join(map(str, args.scales))}" if args.scales else ""
+    images = f"{together['images']:,} {args.split} images{at}"
+    for path, values in zip(paths, found, strict=True):
+        print(f"{path} at step {values['step']}, {images}: {describe(values)}")
+        reported = reported_errors(read_config(Path(path)), multi_scale=bool(args.scales))
+        if reported and args.split == "test":
+            print(f"the paper's test error: {reported}")
+    if len(paths) > 1:
+        print(f"ensemble of {len(paths)}, {images}: {describe(together)}")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ from resvariants.errors import InputError, RunError, check_choice, first_line
 from resvariants.interrupts import Interrupts
 from resvariants.processes import local_rows
 
+FORMATS = ("JPEG", "PNG")
+
 # In evaluation, images are cut from images whose shorter side is so many times as long.
 EVALUATION_SCALE = 256 / 224
 
 
 def decode(content: bytes) -> Image.Image:
     """A JPEG or PNG file's image, in RGB. Whatever is wrong with the file raises some exception."""
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.mode == "P":  # of which Pillow would say that transparency is lost
             return image.convert("RGBA").convert("RGB")
         if image.mode.startswith("I;16"):  # or Pillow would make white of all but the darkest
@@ -179,9 +181,10 @@ class EvaluationReader(NamedTuple):
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """`image` uint8, `label`, `mask` (false: nothing to count) and `corrupt`, by row."""
         positions = number * self.batch_size + self.rows
-        images: list = [None] * len(positions)
+        blank = self.crop(Image.new("RGB", (1, 1)), self.image_size)
+        images = [blank] * len(positions)
         labels = np.zeros(len(positions), np.int32)
-        corrupt = np.full(len(positions), -1, np.int32)
+        mask, corrupt = np.zeros(len(positions), bool), np.full(len(positions), -1, np.int32)
         for row, position in enumerate(positions):
             if position < self.split.size:
                 index = self.split.indices[position]
@@ -190,11 +193,8 @@ class EvaluationReader(NamedTuple):
                     corrupt[row] = index
                 else:
                     images[row], labels[row] = self.crop(found[0], self.image_size), found[1]
-        mask = np.array([image is not None for image in images])
-        crops = (10,) if self.crop is ten_crop else ()
-        blank = np.zeros((*crops, self.image_size, self.image_size, 3), np.uint8)
-        stacked = np.stack([blank if image is None else image for image in images])
-        return {"image": stacked, "label": labels, "mask": mask, "corrupt": corrupt}
+                    mask[row] = True
+        return {"image": np.stack(images), "label": labels, "mask": mask, "corrupt": corrupt}
 
 
 def _read(split: Stream, index: int):
@@ -355,6 +355,9 @@ class StreamedBatches:
 
 @jax.jit
 def _normalise(images, mean, scale):
+    # Of several crops (batch, crops, height, width, channels) each alike.
+    around = (1,) * (images.ndim - mean.ndim)
+    mean, scale = (x.reshape(*around, *x.shape) for x in (mean, scale))
     return (images.astype(np.float32) - mean) / scale
 
 
@@ -371,19 +374,17 @@ def streamed_evaluation_batches(
     sharding: NamedSharding,
     *,
     image_size: int,
-    tenfold: bool,
+    crop: Callable[[Image.Image, int], np.ndarray],
 ) -> Generator[tuple[dict[str, jax.Array], jax.Array]]:
     """Every image once, in order, as `data.evaluation_batches` gives them, and the `corrupt` rows.
 
     Args:
-      tenfold: ten crops of every image, (batch, 10, height, width, channels), not its centre alone.
+      crop: what is seen of an image, given `image_size`: one array (height, width, channels), or
+        several, as of `ten_crop`, which make batches (batch, crops, height, width, channels).
     """
     rows = local_rows(sharding, batch_size)
-    crop = ten_crop if tenfold else centre
     reader = EvaluationReader(split, batch_size, rows, image_size, crop)
     everywhere = _copy_to(NamedSharding(sharding.mesh, PartitionSpec()))
-    around = (1,) * tenfold  # of the crops
-    mean, scale = (x.reshape(*around, *x.shape) for x in (mean, scale))
     numbers = range(-(-split.size // batch_size))
     # By threads: starting processes for every evaluation would take longer than most.
     with closing(read_ahead(reader, numbers, 0)) as batches:

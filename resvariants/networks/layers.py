@@ -22,7 +22,7 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
 
 
 def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.Array]:
-    """`pooled`, which is `x` (batch, channels), and, unless there are no classes, `logits`.
+    """`pooled`, which is `x` (batch, ..., channels), and, unless there are no classes, `logits`.
 
     Both at least float32; the linear classifier is called `head`, and takes `nn.Dense`'s options.
     """
@@ -111,10 +111,20 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1)
 
 
+def windows(x: jax.Array, side: int) -> jax.Array:
+    """Each `side` x `side` window of (batch, height, width, channels), as `flatten` has it.
+
+    (batch, height - side + 1, width - side + 1, features). Linear layers of it are convolutions.
+    """
+    rows, columns = (length - side + 1 for length in x.shape[1:3])
+    shifted = [x[:, i : i + rows, j : j + columns] for i in range(side) for j in range(side)]
+    return jnp.concatenate(shifted, axis=-1)
+
+
 def hidden_layers(
     x: jax.Array, sizes: Sequence[int], dropout_rate: float, train: bool, **dense_options
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Fully connected layers `hidden1`, ... with ReLU and dropout, on (batch, features).
+    """Fully connected layers `hidden1`, ... with ReLU and dropout, on (batch, ..., features).
 
     Returns:
       The last one's output, and the outputs by name.

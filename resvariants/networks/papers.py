@@ -4,10 +4,24 @@ from typing import NamedTuple
 
 
 class Reported(NamedTuple):
-    """A test error in per cent, and where it stands."""
+    """A test error in per cent, and where it stands; of ImageNet also how it was evaluated.
 
-    error: float
+    Attributes:
+      error: None where a paper gives the top-5 error alone.
+      evaluation: `ONE_CROP`, `TEN_CROPS` or `MULTI_SCALE`; empty for images that are tested whole.
+    """
+
+    error: float | None
     source: str
+    top5: float | None = None
+    evaluation: str = ""
+
+    def __str__(self) -> str:
+        """Such as "22.85 %, top-5 6.71 % (ten crops; He et al. 2015, table 3)"."""
+        error = [] if self.error is None else [f"{self.error:.2f} %"]
+        top5 = [] if self.top5 is None else [f"top-5 {self.top5:.2f} %"]
+        where = f"{self.evaluation}; {self.source}" if self.evaluation else self.source
+        return f"{', '.join(error + top5)} ({where})"
 
 
 _HE2015 = "He et al. 2015, table 6"
@@ -94,4 +108,100 @@ TEST_ERRORS = {
     ("cifar100", "cifar_vgg19_bn", 1.0): Reported(28.05, _CONVENTION),
     ("cifar10", "cifar_alexnet", 1.0): Reported(22.78, _CONVENTION),
     ("cifar100", "cifar_alexnet", 1.0): Reported(56.13, _CONVENTION),
+}
+
+# How validation images of ImageNet are seen: the centre; corners, centre and their mirror images;
+# whole images, resized to several scales. Crops are of 224x224, AlexNet's of 227x227.
+ONE_CROP = "one crop"
+
+TEN_CROPS = "ten crops"
+
+MULTI_SCALE = "multi-scale"
+
+_RELEASED = "He et al. 2015's released models, no table"
+
+_FB = "fb.resnet.torch, no paper"
+
+_HE2015_TABLE2 = "He et al. 2015, table 2"
+
+_HE2015_TABLE3 = "He et al. 2015, table 3"
+
+_HE2015_TABLE4 = "He et al. 2015, table 4"
+
+_XIE2016_TABLE3 = "Xie et al. 2016, table 3"
+
+_XIE2016_TABLE4 = "Xie et al. 2016, table 4"
+
+_DENSENET_TABLE3 = "Huang et al. 2017, table 3"
+
+_VGG_TABLE4 = "Simonyan & Zisserman 2014, table 4"
+
+_ALEXNET = "Krizhevsky et al. 2012, table 2"
+
+_GOOGLENET = "Szegedy et al. 2014, table 3"
+
+# Evaluation -> model -> top-1 error, top-5 error, source.
+_IMAGENET: dict[str, dict[str, tuple[float | None, float | None, str]]] = {
+    ONE_CROP: {
+        "resnet18": (30.43, 10.76, _FB),
+        "resnet34": (26.73, 8.74, _FB),
+        "resnet50_v1_5": (24.01, 7.02, _FB),
+        "resnet101_v1_5": (22.44, 6.21, _FB),
+        "resnet152_v1_5": (22.16, 6.16, _FB),
+        "preact_resnet200": (21.66, 5.79, _FB),
+        "resnet50": (24.7, 7.8, _RELEASED),
+        "resnet101": (23.6, 7.1, _RELEASED),
+        "resnet152": (23.0, 6.7, "He et al. 2016, table 5"),
+        "resnext50_2x40d": (23.0, None, _XIE2016_TABLE3),
+        "resnext50_4x24d": (22.6, None, _XIE2016_TABLE3),
+        "resnext50_8x14d": (22.3, None, _XIE2016_TABLE3),
+        "resnext50_32x4d": (22.2, None, _XIE2016_TABLE3),
+        "resnext101_2x40d": (21.7, None, _XIE2016_TABLE3),
+        "resnext101_4x24d": (21.4, None, _XIE2016_TABLE3),
+        "resnext101_8x14d": (21.3, None, _XIE2016_TABLE3),
+        "resnext101_32x4d": (21.2, 5.6, _XIE2016_TABLE4),
+        "resnext101_1x100d": (21.3, 5.7, _XIE2016_TABLE4),
+        "resnext101_2x64d": (20.7, 5.5, _XIE2016_TABLE4),
+        "resnext101_64x4d": (20.4, 5.3, _XIE2016_TABLE4),
+        "densenet121": (25.02, 7.71, _DENSENET_TABLE3),
+        "densenet169": (23.80, 6.85, _DENSENET_TABLE3),
+        "densenet201": (22.58, 6.34, _DENSENET_TABLE3),
+        "densenet264": (22.15, 6.12, _DENSENET_TABLE3),
+        "densenet161": (22.2, None, "Huang et al. 2017's public code, no table"),
+        "googlenet": (None, 10.07, _GOOGLENET),
+    },
+    TEN_CROPS: {
+        "plain18": (27.94, None, _HE2015_TABLE2),
+        "resnet18_a": (27.88, None, _HE2015_TABLE2),
+        "plain34": (28.54, 10.02, _HE2015_TABLE3),
+        "resnet34_a": (25.03, 7.76, _HE2015_TABLE3),
+        "resnet34": (24.52, 7.46, _HE2015_TABLE3),
+        "resnet34_c": (24.19, 7.40, _HE2015_TABLE3),
+        "resnet50": (22.85, 6.71, _HE2015_TABLE3),
+        "resnet101": (21.75, 6.05, _HE2015_TABLE3),
+        "resnet152": (21.43, 5.71, _HE2015_TABLE3),
+        "vgg16": (28.07, 9.33, _HE2015_TABLE3),
+        "densenet121": (23.61, 6.66, _DENSENET_TABLE3),
+        "densenet169": (22.08, 5.92, _DENSENET_TABLE3),
+        "densenet201": (21.46, 5.54, _DENSENET_TABLE3),
+        "densenet264": (20.80, 5.29, _DENSENET_TABLE3),
+        "alexnet": (40.7, 18.2, _ALEXNET),
+        "googlenet": (None, 9.15, _GOOGLENET),
+    },
+    MULTI_SCALE: {
+        "resnet34": (21.84, 5.71, _HE2015_TABLE4),
+        "resnet34_c": (21.53, 5.60, _HE2015_TABLE4),
+        "resnet50": (20.74, 5.25, _HE2015_TABLE4),
+        "resnet101": (19.87, 4.60, _HE2015_TABLE4),
+        "resnet152": (19.38, 4.49, _HE2015_TABLE4),
+        "vgg16": (24.8, 7.5, _VGG_TABLE4),
+        "vgg19": (24.8, 7.5, _VGG_TABLE4),
+    },
+}
+
+# (model, evaluation) -> errors on ImageNet-2012's validation images.
+IMAGENET_ERRORS = {
+    (model, evaluation): Reported(error, source, top5, evaluation)
+    for evaluation, models in _IMAGENET.items()
+    for model, (error, top5, source) in models.items()
 }

@@ -16,6 +16,7 @@ from resvariants.networks.layers import (
     flatten,
     halving_max_pool,
     hidden_layers,
+    windows,
 )
 from resvariants.networks.normalisation import batch_norm, no_norm
 from resvariants.networks.parts import single_branch
@@ -39,6 +40,9 @@ class VGG(nn.Module):
       hidden: sizes of the fully connected layers before the classifier.
       batch_normed: BatchNorm after every convolution. (They keep their biases, as in public code.)
       dropout_rate: after the hidden layers; needs the rng stream `dropout` in training.
+      window: side of the last maps that the hidden layers were trained on. They are applied to each
+        such window of larger maps, as if they were convolutions, and the logits averaged (3.2).
+        None: to the maps as a whole, which fits one image size.
       remat, unroll, frozen_norm, dtype, axis_name: see `ResNet`.
     """
 
@@ -48,6 +52,7 @@ class VGG(nn.Module):
     hidden: Sequence[int] = (4096, 4096)
     batch_normed: bool = False
     dropout_rate: float = 0.5
+    window: int | None = None
     remat: str = "auto"
     unroll: int | bool | None = None
     frozen_norm: bool = False
@@ -58,6 +63,12 @@ class VGG(nn.Module):
     def num_blocks(self) -> int:
         """Convolutions, the length of the gate vector."""
         return sum(self.stage_sizes)
+
+    def fully_convolutional(self, image_size: int) -> "VGG":
+        """The network that takes images of any size from `image_size` on, its variables the same
+        as those of this one, trained on images of that size.
+        """
+        return self.clone(window=image_size // 2 ** len(self.stage_sizes))
 
     @nn.compact
     def __call__(
@@ -71,8 +82,8 @@ class VGG(nn.Module):
         """Logits of a batch of images.
 
         Args:
-          images: (batch, height, width, channels), floating point, normalised. The hidden layers
-            fit one image size only.
+          images: (batch, height, width, channels), floating point, normalised. Without `window`,
+            the hidden layers fit one image size only.
           train: use and update batch statistics, and drop.
           gates: (num_blocks,), boolean or float: a convolution that is off gives its input, with
             zeros for new channels.
@@ -84,7 +95,7 @@ class VGG(nn.Module):
         Raises:
           InputError: gates of another shape, or images that the pooling would use up.
         """
-        check_size("images", images, 2 ** len(self.stage_sizes))
+        check_size("images", images, (self.window or 1) * 2 ** len(self.stage_sizes))
         if gates is not None:
             gates = check_gates(gates, self.num_blocks)
         norm = batch_norm(
@@ -104,8 +115,10 @@ class VGG(nn.Module):
             stage = Stage(block, size, features, 1, remat=self.remat, unroll=self.unroll, name=name)
             x = outputs[name] = halving_max_pool(stage(x, by_stage[i]), 2)
         dense_options = {"kernel_init": gaussian, "dtype": self.dtype}
-        x, hidden = hidden_layers(
-            flatten(x), self.hidden, self.dropout_rate, train, **dense_options
-        )
-        outputs |= hidden | classify(x, self.num_classes, kernel_init=gaussian)
+        x = flatten(x) if self.window is None else windows(x, self.window)
+        x, hidden = hidden_layers(x, self.hidden, self.dropout_rate, train, **dense_options)
+        heads = classify(x, self.num_classes, kernel_init=gaussian)
+        if self.window is not None:
+            heads = {name: values.mean((1, 2)) for name, values in heads.items()}
+        outputs |= hidden | heads
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]

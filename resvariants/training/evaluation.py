@@ -13,11 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resvariants.data import sets
+from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError, RunError, choose
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
 from resvariants.training.parallel import compiler_options
-from resvariants.training.result import facts
+from resvariants.training.result import facts, held_out_errors
 from resvariants.training.setup import Setup, set_up
 from resvariants.training.step import TrainState, eval_step
 from resvariants.training.workdir import Workdir, read_config
@@ -32,51 +33,77 @@ def make_evaluator(
 ) -> Callable[[TrainState, str], dict[str, float]]:
     """A function `(state, split) -> {loss, error, images, seconds}`, exact over the whole split.
 
-    `loss` is the mean cross-entropy, `error` in per cent. Batches have the next size that the
-    devices can share. Images that cannot be read do not count.
+    `loss` is the mean cross-entropy, `error` in per cent, with `top5_error` beside it where
+    `evaluation_sums` counts it. Batches have the next size that the devices can share. Images that
+    cannot be read do not count.
 
     Args:
       corrupt: `stream.Corrupt`, which hears of those.
       stopping: asked at every batch; once it is true, the evaluation raises.
     """
-    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
-    replicated = setup.parallel.replicated
     step = jax.jit(
         partial(eval_step, model=setup.model),
-        out_shardings=replicated,
+        out_shardings=setup.parallel.replicated,
         compiler_options=compiler_options(),
     )
 
     def evaluate(state, split):
         start = time.perf_counter()
         if jax.process_count() == 1:  # or it lies on all devices already
-            state = spread(state, replicated)
-        sums, unreadable = [], []
-        batches = setup.evaluation_batches(
-            setup.splits[split], batch_size, sharding=setup.parallel.batch_sharding
-        )
-        with closing(batches):
-            for batch, indices in batches:
-                if stopping():
-                    raise StoppedEarly
-                sums.append(step(state.params, state.batch_stats, batch))
-                unreadable.append(indices)
-                if len(sums) > 3:  # or all batches would wait in the device's memory
-                    jax.block_until_ready(sums[-3])
-        if corrupt is not None:
-            for indices in (x for x in unreadable if x is not None):
-                corrupt.note(setup.splits[split], np.asarray(indices))
+            state = spread(state, setup.parallel.replicated)
+        apply = partial(step, state.params, state.batch_stats)
+        sums = apply_to_batches(apply, setup, setup.splits[split], batch_size, corrupt, stopping)
         total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
-        if not total["count"]:
-            raise RunError(f"none of the images of {split!r} can be read")
-        return {
-            "loss": total["loss"] / total["count"],
-            "error": 100 * total["errors"] / total["count"],
-            "images": int(total["count"]),
-            "seconds": time.perf_counter() - start,
-        }
+        return {**figures(total, split), "seconds": time.perf_counter() - start}
 
     return evaluate
+
+
+def apply_to_batches(
+    step: Callable[[dict[str, jax.Array]], Any],
+    setup: Setup,
+    images: Split | Stream,
+    batch_size: int,
+    corrupt: Any = None,
+    stopping: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> list[Any]:
+    """What `step` gives for each evaluation batch of `images`, in order.
+
+    `options` are those of `setup.evaluation_batches`, the rest is `make_evaluator`'s.
+    """
+    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
+    results, unreadable = [], []
+    batches: Any = setup.evaluation_batches(
+        images, batch_size, sharding=setup.parallel.batch_sharding, **options
+    )
+    with closing(batches):
+        for batch, indices in batches:
+            if stopping():
+                raise StoppedEarly
+            results.append(step(batch))
+            unreadable.append(indices)
+            if len(results) > 3:  # or all batches would wait in the device's memory
+                jax.block_until_ready(results[-3])
+    if corrupt is not None:
+        for indices in (x for x in unreadable if x is not None):
+            corrupt.note(images, np.asarray(indices))
+    return results
+
+
+def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
+    """Means of `evaluation_sums` over all images of `split`; errors in per cent.
+
+    Raises:
+      RunError: there are no images.
+    """
+    count = int(sums["count"])
+    if not count:
+        raise RunError(f"none of the images of {split!r} can be read")
+    found = {"loss": float(sums["loss"]) / count, "error": 100 * float(sums["errors"]) / count}
+    if "top5_errors" in sums:
+        found["top5_error"] = 100 * float(sums["top5_errors"]) / count
+    return {**found, "images": count}
 
 
 def corrupt_images(
@@ -110,28 +137,21 @@ def adopt(
     state = setup.state_of(variables)
     evaluate = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
     values = {split: evaluate(state, split) for split in setup.splits}
-    names = {"train": "train_error", "test": "test_error", "validation": "val_error"}
     result = facts(config, state) | {
         "steps": 0,
         "epochs": 0.0,
-        **{names[split]: values[split]["error"] for split in values},
+        "train_error": values["train"]["error"],
+        **held_out_errors(values),
         "compile_seconds": 0.0,
         "train_seconds": 0.0,
         "images_per_second": 0.0,
         "origin": origin,
     }
-    rows = [
-        {
-            "step": 0,
-            "epoch": 0.0,
-            "split": split,
-            "loss": metrics["loss"],
-            "error": metrics["error"],
-            "learning_rate": 0.0,
-            "images_per_second": metrics["images"] / metrics["seconds"],
-        }
-        for split, metrics in values.items()
-    ]
+    rows = []
+    for split, metrics in values.items():
+        speed = metrics.pop("images") / metrics.pop("seconds")
+        rest = {"learning_rate": 0.0, "images_per_second": speed}
+        rows.append({"step": 0, "epoch": 0.0, "split": split, **metrics, **rest})
     with workdir.writing():
         workdir.keep_rows(-1)
         with closing(Checkpoints(workdir.checkpoints, 1)) as checkpoints:
@@ -162,7 +182,7 @@ def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[
     """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
 
     Returns:
-      `step`, `loss`, `error` (per cent), `images` and `seconds`.
+      `step`, and what `make_evaluator` says.
 
     Raises:
       InputError: no workdir, no checkpoint, no such split, or data that cannot be read.

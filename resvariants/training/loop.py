@@ -27,7 +27,13 @@ from resvariants.training.evaluation import StoppedEarly, corrupt_images, make_e
 from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
 from resvariants.training.report import Reporter
-from resvariants.training.result import describe_devices, facts, print_table, result_table
+from resvariants.training.result import (
+    describe_devices,
+    facts,
+    held_out_errors,
+    print_table,
+    result_table,
+)
 from resvariants.training.setup import set_up
 from resvariants.training.step import train_step
 from resvariants.training.workdir import Workdir
@@ -248,7 +254,7 @@ class _Run:
 
 
 def _result(config, setup, shapes, log, compile_seconds):
-    last = {row["split"]: row["error"] for row in log.rows}
+    last = {row["split"]: row for row in log.rows}
     rows = [row for row in log.rows if row["split"] == "train"]
     starts = [0, *(row["step"] for row in rows)]
     steps = np.array([row["step"] - start for row, start in zip(rows, starts, strict=False)])
@@ -260,13 +266,11 @@ def _result(config, setup, shapes, log, compile_seconds):
         "train_error": float(
             np.average([row["error"] for row in rows], weights=steps * in_last_epoch)
         ),
-        "test_error": last["test"],
+        **held_out_errors(last),
         "compile_seconds": compile_seconds,
         "train_seconds": log.train_seconds,
         "images_per_second": setup.total_steps * config.batch_size / log.train_seconds,
     }
-    if "validation" in last:
-        result["val_error"] = last["validation"]
     memory = [device.memory_stats() for device in jax.local_devices()]
     if all(memory):
         result["peak_memory_bytes"] = max(stats["peak_bytes_in_use"] for stats in memory if stats)

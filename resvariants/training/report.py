@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from resvariants.networks.papers import TEST_ERRORS
+from resvariants.networks import papers, zoo
 from resvariants.training.result import result_table
 
 
@@ -61,9 +61,10 @@ class Reporter:
 
 def format_row(row: dict[str, Any]) -> str:
     """One row of metrics as a line."""
+    top5 = f"  top-5 error {row['top5_error']:6.2f} %" if "top5_error" in row else ""
     return (
         f"step {row['step']:>6}  epoch {row['epoch']:7.2f}  {row['split']:10}"
-        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %"
+        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %{top5}"
         f"  {row['images_per_second']:8,.0f} images/s"
     )
 
@@ -116,14 +117,37 @@ def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -
     pyplot.close(figure)
 
 
+def reported_errors(
+    config: Any, data_set: str | None = None, *, multi_scale: bool = False
+) -> papers.Reported | None:
+    """The paper's figure for the network of a run's config, evaluated as the run is, if it has one.
+
+    Args:
+      data_set: instead of the run's own.
+      multi_scale: evaluated at several scales.
+    """
+    model, dataset = config["model"], config["dataset"]
+    name, survival = model["name"], model["survival_probability"]
+    data_set = data_set or dataset["name"]
+    if model["options"] or (model["survival_schedule"], model["survival_draw"]) != (
+        "linear",
+        "batch",
+    ):
+        return None
+    if data_set != "imagenet2012":
+        return papers.TEST_ERRORS.get((data_set, name, survival))
+    crops = papers.TEN_CROPS if dataset["ten_crop"] else papers.ONE_CROP
+    found = papers.IMAGENET_ERRORS.get((name, papers.MULTI_SCALE if multi_scale else crops))
+    as_papers = survival == 1 and found and dataset["image_size"] == zoo.find(name).image_shape[0]
+    return found if as_papers else None
+
+
 def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     """`report.md`: the result's table beside the paper's figure, and the curves drawn beside it."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     table = result_table(result)
-    run = (result["dataset"], result["model"], config["model"]["survival_probability"])
-    if run in TEST_ERRORS and not config["model"]["options"]:
-        reported = TEST_ERRORS[run]
-        table.append(("the paper's test error", f"{reported.error:.2f} % ({reported.source})"))
+    if reported := reported_errors(config, result["dataset"]):
+        table.append(("the paper's test error", str(reported)))
     schedule = config["schedule"]
     budget = f"The schedule's {schedule['length']:,} {schedule['unit']}"
     if schedule["cut_to_steps"] is not None:

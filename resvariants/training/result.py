@@ -36,6 +36,20 @@ def facts(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     }
 
 
+def held_out_errors(last: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """`test_error`, `test_top5_error` and those of `val`, as far as `last` has them.
+
+    Args:
+      last: the last metrics of each split.
+    """
+    return {
+        f"{name}_{key}": last[split][key]
+        for split, name in (("test", "test"), ("validation", "val"))
+        for key in ("error", "top5_error")
+        if key in last.get(split, {})
+    }
+
+
 def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What matters of a result, as (name, value)."""
     table = [
@@ -46,9 +60,14 @@ def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(result["seed"])),
         ("training error, last epoch", f"{result['train_error']:.2f} %"),
     ]
-    if "val_error" in result:
-        table.append(("validation error, last epoch", f"{result['val_error']:.2f} %"))
-    table.append(("test error, last epoch", f"{result['test_error']:.2f} %"))
+    for key, name in (
+        ("val_error", "validation error"),
+        ("val_top5_error", "validation top-5 error"),
+        ("test_error", "test error"),
+        ("test_top5_error", "test top-5 error"),
+    ):
+        if key in result:
+            table.append((f"{name}, last epoch", f"{result[key]:.2f} %"))
     if "origin" in result:  # not trained here
         return [*table, ("weights", result["origin"]["file"])]
     table += [

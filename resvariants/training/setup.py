@@ -40,7 +40,8 @@ class Setup(NamedTuple):
       training_batches: has `iterate(start, stop)`, which gives the batch of every step from `start`
         on and the indices of images in it that cannot be read, or None if there can be none; and
         `waited`, the seconds that it took because images were not there yet.
-      evaluation_batches: `(split, batch_size, sharding)` -> the same of every image once.
+      evaluation_batches: `(split, batch_size, sharding)` -> the same of every image once. Those of
+        streams may be given another `image_size` and `crop`.
       new_state: an untrained state.
     """
 
@@ -53,7 +54,7 @@ class Setup(NamedTuple):
     steps_per_epoch: float
     optimizer: optax.GradientTransformation
     training_batches: Callable[[], Any]
-    evaluation_batches: Callable[[Any, int, Any], Iterator[tuple[dict[str, jax.Array], Any]]]
+    evaluation_batches: Callable[..., Iterator[tuple[dict[str, jax.Array], Any]]]
     new_state: Callable[[], TrainState]
 
     def steps_in(self, epochs: float) -> int:
@@ -160,8 +161,9 @@ def _build(config):
         batches = partial(
             stream.StreamedBatches, image_size=side, crop=crop, workers=dataset.workers
         )
+        seen = stream.ten_crop if dataset.ten_crop else stream.centre
         evaluation = partial(
-            stream.streamed_evaluation_batches, **pixels, image_size=side, tenfold=dataset.ten_crop
+            stream.streamed_evaluation_batches, **pixels, image_size=side, crop=seen
         )
     else:
         if dataset.ten_crop:

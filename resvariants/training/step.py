@@ -105,16 +105,17 @@ def train_step(
     return TrainState(state.step + 1, params, stats, opt_state), metrics
 
 
-def eval_step(
-    params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
-) -> dict[str, jax.Array]:
-    """Sums over the examples of a batch whose `mask` is true: `loss`, `errors` and `count`.
+# With at least so many classes, errors among the first five are counted, too.
+TOP5_CLASSES = 100
+
+
+def predict(params, batch_stats, images: jax.Array, *, model: nn.Module, gates=None) -> jax.Array:
+    """Logits (batch, classes) in evaluation.
 
     Of images with several crops, (batch, crops, height, width, channels), the probabilities are
     averaged (Krizhevsky et al. 2012, 4.1).
     """
     options = {} if gates is None else {"gates": gates}  # not every network has blocks to gate
-    images = batch["image"]
     logits: Any = model.apply(
         {"params": params, "batch_stats": batch_stats},
         images.reshape(-1, *images.shape[-3:]),
@@ -125,11 +126,32 @@ def eval_step(
         crops = images.shape[1]
         of_crops = jax.nn.log_softmax(logits).reshape(-1, crops, logits.shape[-1])
         logits = jax.nn.logsumexp(of_crops, axis=1) - jnp.log(crops)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    wrong = logits.argmax(-1) != batch["label"]
-    mask = batch["mask"]
-    return {
-        "loss": jnp.sum(loss, where=mask),
-        "errors": jnp.sum(wrong & mask),
-        "count": jnp.sum(mask),
-    }
+    return logits
+
+
+def evaluation_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the examples whose `mask` is true: `loss`, `errors`, `count`, and, of 100 classes
+    or more, `top5_errors`.
+
+    A label is among the first five if fewer than five classes have strictly larger logits, so that
+    ties count for it. Logits with a NaN are errors.
+
+    Args:
+      logits: (batch, classes); `label` (batch,) int32 and `mask` (batch,) boolean.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    unknown = jnp.isnan(logits).any(-1)
+    errors = {"errors": unknown | (logits.argmax(-1) != label)}
+    if logits.shape[-1] >= TOP5_CLASSES:
+        larger = logits > jnp.take_along_axis(logits, label[:, None], axis=-1)
+        errors["top5_errors"] = unknown | (larger.sum(-1) >= 5)
+    sums = {key: jnp.sum(wrong & mask) for key, wrong in errors.items()}
+    return {"loss": jnp.sum(loss, where=mask), **sums, "count": jnp.sum(mask)}
+
+
+def eval_step(
+    params, batch_stats, batch: dict[str, jax.Array], *, model: nn.Module, gates=None
+) -> dict[str, jax.Array]:
+    """`evaluation_sums` of a batch's `image`, `label` and `mask`."""
+    logits = predict(params, batch_stats, batch["image"], model=model, gates=gates)
+    return evaluation_sums(logits, batch["label"], batch["mask"])

@@ -605,7 +605,7 @@ def test_evaluation_covers_every_image_once_and_masks_what_cannot_be_read(size, 
         SCALE.astype(np.float32),
         sharding,
         image_size=SIDE,
-        tenfold=tenfold,
+        crop=ten_crop if tenfold else centre,
     )
     pairs = jax.device_get([*found])
     assert len(pairs) == -(-size // BATCH)

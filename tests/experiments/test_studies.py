@@ -15,11 +15,14 @@ from nets import random_variables
 from PIL import Image
 from repository import QUICKLY, ROOT
 
-from configs import digits
+from configs import digits, imagenet
 from resvariants import InputError, create_model, registers
 from resvariants.data import sets, stream
 from resvariants.data.splits import Source, Split
+from resvariants.networks import papers
+from resvariants.networks.zoo import find
 from resvariants.training import loop
+from resvariants.training.report import reported_errors
 from resvariants.training.setup import set_up
 from resvariants.weights import to_torch
 
@@ -245,7 +248,7 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
 
 def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
     start(compare, f"--out={tmp_path}", "--steps=1", "--models", "resnet20,batch_size=8")
-    check_report(tmp_path, "CIFAR-10: 8.75 (He et al. 2015, table 6)")
+    check_report(tmp_path, "CIFAR-10: 8.75 % (He et al. 2015, table 6)")
 
 
 def test_no_papers_figure_stands_beside_a_network_with_other_options():
@@ -254,6 +257,65 @@ def test_no_papers_figure_stands_beside_a_network_with_other_options():
     assert "8.75" in compare.paper(found)
     config.model.options.shortcut = "C"
     assert compare.paper(found) == ""
+
+
+IMAGENET = [
+    ("resnet50", {}, "24.70 %, top-5 7.80 % (one crop; He"),
+    ("resnet50", {"dataset.ten_crop": True}, "22.85 %, top-5 6.71 % (ten crops; He"),
+    ("googlenet", {}, "top-5 10.07 % (one crop; Szegedy et al. 2014, table 3)"),
+    ("resnext50_32x4d", {}, "22.20 % (one crop; Xie"),
+    ("alexnet", {"dataset.ten_crop": True, "dataset.image_size": 227}, "40.70 %, top-5 18.20 %"),
+    ("resnet50", {"dataset.image_size": 320}, ""),
+    ("resnet50", {"model.survival_probability": 0.5}, ""),
+    ("vgg16", {}, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "says"), IMAGENET)
+def test_imagenets_figures_are_those_of_the_runs_evaluation(name, overrides, says):
+    config = imagenet.get_config(name)
+    config.update_from_flattened_dict(overrides)
+    found = compare.paper(runs.Finished(ROOT, config, {}, []))
+    assert found.startswith(says) and bool(found) == bool(says)
+    if name == "vgg16":
+        assert reported_errors(config, multi_scale=True).top5 == 7.5
+
+
+def test_more_of_an_image_means_fewer_errors_in_every_paper():
+    ways = (papers.ONE_CROP, papers.TEN_CROPS, papers.MULTI_SCALE)
+    for name in {model for model, _ in papers.IMAGENET_ERRORS}:
+        assert find(name).num_classes == 1000
+        found = [papers.IMAGENET_ERRORS.get((name, way)) for way in ways]
+        assert [each.evaluation for each in found if each] == [
+            way for way, each in zip(ways, found, strict=True) if each
+        ]
+        for errors in ([x.error for x in found if x], [x.top5 for x in found if x]):
+            known = [error for error in errors if error is not None]
+            assert known == sorted(known, reverse=True)
+        assert all(x.top5 < x.error for x in found if x and x.error and x.top5)
+
+
+def test_top5_errors_have_a_column_where_there_are_any():
+    config = digits.get_config("resnet20")
+    times = {"num_params": 1, "compile_seconds": 1.0, "train_seconds": 1.0, "steps": 1}
+    result = {**times, "train_error": 1.0, "test_error": 40.0}
+    few = runs.Finished(ROOT, config, result, [])
+    many = [few._replace(result={**result, "test_top5_error": error}) for error in (10.0, 20.0)]
+    assert not any("top-5" in line for line in compare.results_table({"few": [few]}))
+    header, _, *lines = compare.results_table({"few": [few], "many": many})
+    position = header.split(" | ").index("test top-5 error")
+    assert [line.split(" | ")[position] for line in lines] == ["", "15.00 ± 7.07"]
+
+
+def test_several_runs_are_evaluated_as_an_ensemble(finished, start):
+    result = json.loads((finished / "result.json").read_text())
+    lines = start(evaluate, "--workdirs", finished, finished).splitlines()
+    error = f"error {result['test_error']:.2f} %"
+    names = [f"{finished} at step 30"] * 2 + ["ensemble of 2"]
+    assert len(lines) == 3
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"{name}, 40 test images: loss") and error in line
+    assert start(evaluate, f"--workdir={finished}").startswith(lines[0].partition("(")[0])
 
 
 @pytest.mark.slow

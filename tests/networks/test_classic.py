@@ -1,5 +1,6 @@
 """Highway networks, VGG, AlexNet and GoogLeNet against NumPy."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -83,7 +84,7 @@ def widen(x, channels):
     return np.concatenate([x, np.zeros((*x.shape[:3], channels - x.shape[3]))], axis=3)
 
 
-def vgg(variables, x, train=False, gates=None, hidden=1):
+def vgg(variables, x, train=False, gates=None, hidden=1, window=None):
     net = Numpy(variables, train)
     gates = iter(gates if gates is not None else [1.0] * 99)
     for name in sorted(part for part in net.params if part.startswith("stage")):
@@ -99,7 +100,10 @@ def vgg(variables, x, train=False, gates=None, hidden=1):
             if len(moved) > 1:
                 net.stats[name]["rest"] = jax.tree.map(lambda *a: np.stack(a), *moved[1:])
         x = pool(x, 2)
-    return net.head(x, hidden), net.stats
+    height, width = (window or n for n in x.shape[1:3])
+    places = itertools.product(*(range(n - (window or n) + 1) for n in x.shape[1:3]))
+    seen = [net.head(x[:, i : i + height, j : j + width], hidden) for i, j in places]
+    return np.mean(seen, axis=0), net.stats
 
 
 VGGS = {
@@ -117,6 +121,19 @@ def test_vgg_equals_the_reference(name, train):
     expected, stats = vgg(variables, np.asarray(x, np.float64), train)
     np.testing.assert_allclose(y, expected, atol=1e-4)
     check_tree(updates.get("batch_stats", {}), stats)
+
+
+def test_vgg_as_a_convolution_averages_over_windows():
+    model, x = VGGS["with BN"], images(2, 13, 16, 3)
+    variables = random_variables(model, (8, 8, 3))
+    dense = model.fully_convolutional(8)
+    y = dense.apply(variables, x, train=False)
+    expected = vgg(variables, np.asarray(x, np.float64), window=2)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    same = (net.apply(variables, x[:, :8, :8], train=False) for net in (model, dense))
+    np.testing.assert_allclose(*same, atol=1e-5)
+    with pytest.raises(InputError, match="at least 8x8"):
+        dense.apply(variables, x[:, :7], train=False)
 
 
 def test_gates_of_vgg_blend_a_layer_with_its_input():

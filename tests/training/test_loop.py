@@ -58,6 +58,7 @@ def test_the_result_is_the_last_evaluation_and_the_last_epochs_training_error(fi
     assert last["test"]["step"] == last["validation"]["step"] == STEPS
     assert result["test_error"] == last["test"]["error"]
     assert result["val_error"] == last["validation"]["error"]
+    assert not any("top5" in key for key in (*result, *last["test"]))  # of ten classes
     # The last epoch has 1337 / 64 = 20.9 steps: rows that end after step 19.1.
     ended = [row for row in rows(path) if row["split"] == "train"]
     lengths = np.diff([0, *(row["step"] for row in ended)])

@@ -13,7 +13,7 @@ from configs import default
 from resvariants import InputError, create_model
 from resvariants.networks.summary import abstract_variables
 from resvariants.training.optimizer import make_optimizer, make_schedule
-from resvariants.training.step import create_state, eval_step, train_step
+from resvariants.training.step import create_state, eval_step, evaluation_sums, train_step
 
 
 def schedule_config(**changes):
@@ -422,6 +422,43 @@ def test_evaluation_sums_over_the_images_that_the_mask_holds_and_no_others(mask,
     assert float(sums["loss"]) == pytest.approx(by_hand["loss"] * count, rel=1e-5)
     assert int(sums["errors"]) == round(by_hand["error"] * count)
     assert int(sums["count"]) == count
+
+
+def top5_errors(logits, labels):
+    """Labels of which five classes are strictly better, however equal ones are ordered."""
+    return sum(int(sorted(row)[-5] > row[label]) for row, label in zip(logits, labels, strict=True))
+
+
+def test_top5_errors_are_those_that_sorting_finds():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 100, 80, np.int32)
+    for logits in (rng.normal(size=(80, 100)), rng.integers(0, 9, (80, 100))):  # and many ties
+        logits[np.arange(80), labels] += 1
+        mask = np.arange(80) % 3 > 0
+        sums = evaluation_sums(jnp.asarray(logits, jnp.float32), labels, mask)
+        expected = top5_errors(logits[mask], labels[mask])
+        assert int(sums["top5_errors"]) == expected and 0 < expected < mask.sum()
+
+
+@pytest.mark.parametrize(("better", "wrong"), [(4, 0), (5, 1)])
+def test_who_ties_with_the_fifth_is_among_the_five(better, wrong):
+    logits = np.zeros((1, 100), np.float32)
+    logits[0, -better:] = 1.0
+    sums = evaluation_sums(jnp.asarray(logits), np.array([50]), np.array([True]))
+    assert int(sums["top5_errors"]) == wrong and int(sums["errors"]) == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, slice(None)])
+def test_logits_that_are_no_numbers_are_errors(place):
+    logits = np.zeros((1, 100), np.float32)
+    logits[0, place] = np.nan
+    sums = evaluation_sums(jnp.asarray(logits), np.array([0]), np.array([True]))
+    assert int(sums["errors"]) == int(sums["top5_errors"]) == 1
+
+
+def test_below_a_hundred_classes_nobody_asks_for_the_first_five():
+    sums = evaluation_sums(jnp.zeros((1, 99)), np.array([0]), np.array([True]))
+    assert sums.keys() == {"loss", "errors", "count"}
 
 
 def test_evaluation_hands_gates_to_the_model():

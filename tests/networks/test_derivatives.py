@@ -1,4 +1,4 @@
-"""Derivatives of every order and mode: of networks, and of the parts that have rules of their own."""
+"""Derivatives of every order and mode, and of parts that have rules of their own."""
 
 from functools import partial
 
@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from resvariants import create_model
-from resvariants.networks.linear import linear_map
-from resvariants.networks.resnet import ResNet
 
 
 def short(name, stages=(3, 3, 3), **options):

@@ -119,7 +119,6 @@ def make_parallel(mode: str, sync_batch_norm: bool) -> Parallel:
                 mesh=mesh,
                 in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
                 out_specs=PartitionSpec(),
-                check_vma=False,  # the step averages its gradients itself, as under pmap
             )
         return jax.jit(
             step,

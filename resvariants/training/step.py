@@ -76,9 +76,13 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
+    params, batch_stats = state.params, state.batch_stats
+    if axis_name is not None:  # each device's own, or their gradients would be summed here already
+        params, batch_stats = lax.pcast((params, batch_stats), axis_name, to="varying")
+
     def loss_fn(params):
         logits, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
             mutable=["batch_stats", "auxiliary_logits"],
@@ -95,7 +99,7 @@ def train_step(
         total = loss + auxiliary_weight * sum(map(cross_entropy, auxiliary))
         return total, (loss, logits, updates.get("batch_stats", {}))
 
-    (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
         grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)

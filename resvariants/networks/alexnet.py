@@ -12,6 +12,7 @@ from jax import lax
 from resvariants.errors import InputError
 from resvariants.networks.convolution import conv, he_normal
 from resvariants.networks.layers import (
+    check_images,
     check_size,
     classify,
     flatten,
@@ -82,6 +83,7 @@ class AlexNet(nn.Module):
           InputError: images that the strides would use up, or channels that the towers cannot
             share.
         """
+        check_images(images)
         if any(features % self.towers for features in self.features):
             raise InputError(f"{self.towers} towers cannot share {tuple(self.features)} channels")
         check_size("images", images, 11 + 4 * (2**3 - 1) - 2 * self.first_padding)

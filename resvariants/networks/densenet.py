@@ -18,6 +18,7 @@ from resvariants.networks.blocks import norm_and_train
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.layers import (
     check_dropout_rate,
+    check_images,
     check_size,
     pool_and_classify,
     recomputed,
@@ -227,6 +228,7 @@ class DenseNet(nn.Module):
           InputError: growth rate below 1, compression outside (0, 1], dropout outside [0, 1),
             images that the transitions would use up.
         """
+        check_images(images)
         if self.growth_rate < 1:
             raise InputError(f"growth rate {self.growth_rate}: a layer adds at least 1 channel")
         check_compression(self.compression)

@@ -12,6 +12,7 @@ from resvariants.networks.alexnet import local_response_norm
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.layers import (
     check_dropout_rate,
+    check_images,
     check_size,
     classify,
     flatten,
@@ -146,6 +147,7 @@ class GoogLeNet(nn.Module):
         Raises:
           InputError: images that the strides would use up.
         """
+        check_images(images)
         # Behind 4a and 4d the auxiliary heads need maps of 5x5, a sixteenth of the image.
         check_size("images", images, 79 if self.auxiliary else 31)
         make_norm = batch_norm(

@@ -13,6 +13,7 @@ from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.gates import check_gates, gates_by_stage
 from resvariants.networks.layers import (
     check_dropout_rate,
+    check_images,
     check_size,
     classify,
     flatten,
@@ -92,6 +93,7 @@ class HighwayNet(nn.Module):
           InputError: gates of another shape, images that the pooling would use up, or attributes
             of unequal length.
         """
+        check_images(images)
         stages = len(self.stage_sizes)
         windows = self.pool_windows or (0,) * stages
         rates = self.dropout_rates or (0.0,) * (stages + 1)

@@ -76,6 +76,15 @@ def stride_between(images, maps) -> int:
     return 2 ** round(math.log2(images.shape[1] / maps.shape[1]))
 
 
+def check_images(images: jax.Array) -> None:
+    """Raises InputError if `images` are no batch of images, (batch, height, width, channels)."""
+    if images.ndim != 4:
+        raise InputError(
+            f"images are (batch, height, width, channels), not {images.shape}; a single one is a"
+            " batch of one: image[None]"
+        )
+
+
 def check_size(what: str, x: jax.Array, least: int) -> None:
     """Raises InputError if `x`, `what` in words, has less than `least` rows or columns."""
     height, width = x.shape[1:3]

@@ -76,7 +76,8 @@ def _normalise_jvp(epsilon, axis_name, primals, tangents):
     y, statistics, saved = _normalise_forward(*primals, epsilon, axis_name)
     push, pull = partial(_push, axis_name), partial(_pull, axis_name)
     dy = linear_map(push, pull, *equally_varying((primals[1], *saved), tangents))
-    dmean, half_dvar = linear_map(_project, _project_back, saved[:3], tangents[0])
+    project_back = partial(_project_back, y.dtype)
+    dmean, half_dvar = linear_map(_project, project_back, saved[:3], tangents[0])
     dmean, half_dvar = _shared((dmean, half_dvar), axis_name)
     return (y, *statistics), (dy, dmean, 2 * half_dvar)
 
@@ -89,11 +90,12 @@ def _project(saved, dx):
     return dmean, _sums(wide * _distances(x, origin)) / root - mean * dmean
 
 
-def _project_back(saved, gradients):
+def _project_back(dtype, saved, gradients):
     x, origin, mean = saved
     root = _root(x)
     along = gradients[1] / root
-    return _distances(x, origin) * along + (gradients[0] / root**2 - mean * along / root)
+    dx = _distances(x, origin) * along + (gradients[0] / root**2 - mean * along / root)
+    return dx.astype(dtype)
 
 
 def _push(axis_name, saved, tangents):

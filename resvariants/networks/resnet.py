@@ -25,7 +25,13 @@ from resvariants.networks.gates import (
     gates_by_stage,
     survival_probabilities,
 )
-from resvariants.networks.layers import activate, max_pool, pool_and_classify, stride_between
+from resvariants.networks.layers import (
+    activate,
+    check_images,
+    max_pool,
+    pool_and_classify,
+    stride_between,
+)
 from resvariants.networks.normalisation import batch_norm
 from resvariants.networks.parts import (
     PLACEMENTS,
@@ -154,6 +160,7 @@ class ResNet(nn.Module):
         Raises:
           InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
         """
+        check_images(images)
         if gates is None:
             gates = self._stochastic_depth_gates(train, len(images))
         else:

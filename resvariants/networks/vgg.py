@@ -11,6 +11,7 @@ from resvariants.networks.blocks import PlainBlock
 from resvariants.networks.convolution import conv
 from resvariants.networks.gates import check_gates, gates_by_stage
 from resvariants.networks.layers import (
+    check_images,
     check_size,
     classify,
     flatten,
@@ -95,6 +96,7 @@ class VGG(nn.Module):
         Raises:
           InputError: gates of another shape, or images that the pooling would use up.
         """
+        check_images(images)
         check_size("images", images, (self.window or 1) * 2 ** len(self.stage_sizes))
         if gates is not None:
             gates = check_gates(gates, self.num_blocks)

@@ -21,6 +21,7 @@ from resvariants import InputError
 from resvariants.training import evaluation, log, loop
 from resvariants.training.log import TrainingDiverged
 from resvariants.training.report import write_report
+from resvariants.training.result import chosen_errors
 from resvariants.training.setup import set_up
 from resvariants.training.workdir import Workdir
 
@@ -66,6 +67,35 @@ def test_the_result_is_the_last_evaluation_and_the_last_epochs_training_error(fi
     errors, weights = zip(*pairs, strict=True)
     assert 20.9 <= sum(weights) < 20.9 + 5
     assert result["train_error"] == pytest.approx(np.average(errors, weights=weights))
+
+
+def test_the_chosen_epoch_is_that_of_lowest_validation_error(finished):
+    path, result = finished
+    by_step = {}
+    for row in rows(path):
+        by_step.setdefault(row["step"], {})[row["split"]] = row
+    evaluated = [found for _, found in sorted(by_step.items()) if "validation" in found]
+    errors = np.array([found["validation"]["error"] for found in evaluated])
+    chosen = evaluated[int(errors.argmin())]
+    assert len(errors) > 2 and errors.max() > errors.min()
+    assert result["chosen_epoch"] == pytest.approx(chosen["test"]["step"] * 64 / 1337)
+    assert result["chosen_val_error"] == errors.min()
+    assert result["chosen_test_error"] == chosen["test"]["error"]
+    told = f"lowest validation error ({result['chosen_epoch']:.1f})"
+    row = f"| test error at the epoch of {told} | {result['chosen_test_error']:.2f} % |"
+    assert row in (path / "report.md").read_text()
+
+
+def test_of_equal_validation_errors_the_earliest_counts_and_without_any_none():
+    told = [(10, 3.0, 5.0), (20, 2.0, 6.0), (30, 2.0, 4.0), (40, 2.5, 3.0)]
+    made = [
+        {"step": step, "epoch": step / 10, "split": split, "error": error}
+        for step, validation, test in told
+        for split, error in (("train", 0.0), ("test", test), ("validation", validation))
+    ]
+    expected = {"chosen_epoch": 2.0, "chosen_val_error": 2.0, "chosen_test_error": 6.0}
+    assert chosen_errors(made) == expected
+    assert chosen_errors([row for row in made if row["split"] != "validation"]) == {}
 
 
 def test_evaluation_counts_every_image_once(finished):

@@ -152,6 +152,43 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     assert without_speed(tmp_path / "run") == without_speed(path)
 
 
+def test_a_warmup_that_waits_for_the_error_is_told_and_resumed_to_the_same_bits(
+    tmp_path, monkeypatch
+):
+    overrides = {
+        "schedule.warmup": 0,
+        "schedule.warmup_until_error": 95.0,
+        "schedule.milestones": (30,),
+        "log_every_steps": 1,
+    }
+    loop.train(config(**overrides), tmp_path / "whole")
+    training = [row for row in rows(tmp_path / "whole") if row["split"] == "train"]
+    mean, expected = 100.0, []
+    for row in training:
+        mean = 0.99 * mean + 0.01 * row["error"]
+        full = 0.1 if row["step"] <= 30 else 0.01
+        expected.append(full if expected[-1:] == [0.1] or mean < 95 else 0.01)
+    over = expected.index(0.1)
+    assert 9 < over < 29 and [row["learning_rate"] for row in training] == expected
+    for row in rows(tmp_path / "whole"):
+        assert row["learning_rate"] == expected[row["step"] - 1]  # evaluations', too
+    observe = log.Log.step
+
+    def interrupted(self, step, metrics):
+        if step == 9:  # after the checkpoint at 7, while the rate is low
+            raise KeyboardInterrupt
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(**overrides), tmp_path / "run")
+    loop.train(config(**overrides), tmp_path / "run")
+    ours, whole = (evaluation.load(tmp_path / name)[2] for name in ("run", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, whole)
+    assert without_speed(tmp_path / "run") == without_speed(tmp_path / "whole")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     tmp_path, monkeypatch
 ):
@@ -365,6 +402,8 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"batch_size": 1440}, "exceeds the 1337 training images"),
         ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
         ({"schedule.milestones": (30, 20)}, "follow each other"),
+        ({"schedule.warmup_until_error": 80.0}, "excludes schedule.warmup 1"),
+        ({"schedule.warmup_until_error": 100.0}, "is 100.0; it must be .*below 100"),
         ({"parallel": "pjit"}, "allowed: jit, pmap"),
         ({"log_every_steps": 0}, "must be a positive whole"),
         ({"keep_checkpoints": 0}, "must be a positive whole"),

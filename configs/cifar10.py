@@ -12,9 +12,9 @@ Stochastic depth has `configs/stochastic_depth.py`. DenseNets trained without au
 from configs import default
 from resvariants.networks import zoo
 
-# Nets that start at a rate of 0.01 until they have begun to learn. He et al. 2015 wait for a
-# training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all (and
-# find them unnecessary for pre-activated nets, which have them here all the same).
+# Nets that start at a rate of 0.01 until they have begun to learn. Those of He et al. 2015 wait for
+# a training error below 80 %, about 400 steps at depth 110; He et al. 2016 fix 400 steps for all
+# (and find them unnecessary for pre-activated nets, which have them here all the same).
 WARMUP_MODELS = ("resnet110", "resnet164", "resnet1001", "resnet1202", "plain110")
 
 # As the papers' public code has it, which builds on fb.resnet.torch.
@@ -65,7 +65,10 @@ def get_config(model: str = "resnet110"):
     config.dataset.flip = True
     name = model.removeprefix("cifar_")
     if name.startswith("preact_") or name.split("_")[0] in WARMUP_MODELS:
-        config.schedule.warmup = 400
+        if zoo.find(name).paper == "He et al. 2015":
+            config.schedule.warmup_until_error = 80.0
+        else:
+            config.schedule.warmup = 400
     config.update_from_flattened_dict(RECIPES.get(zoo.find(model).family, {}))
     config.eval_every_epochs = 5.0
     config.checkpoint_every_epochs = 5.0

@@ -5,8 +5,8 @@
 
 `--config.model.survival_probability=0.5` is stochastic depth (Huang et al. 2016). The papers hold
 out 400 training and 200 extra images of each class and report the epoch of lowest validation error;
-here 6,000 images are held out at random and the last epoch is reported. Their test errors are in
-`resvariants/networks/papers.py`.
+here 6,000 images are held out at random, and that epoch is reported beside the last one. Their test
+errors are in `resvariants/networks/papers.py`.
 """
 
 from configs import default

@@ -96,6 +96,7 @@ def study_deepening(found: Finished, deep_name: str, args: argparse.Namespace) -
             schedule__learning_rate=last_rate,
             schedule__milestones=(),
             schedule__warmup=0,
+            schedule__warmup_until_error=0.0,
         )
         path = args.out / f"{net}_from_{name}" / f"seed{seed}"
         if Workdir(path, config).result is None:

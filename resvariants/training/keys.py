@@ -57,6 +57,7 @@ POSITIVE = Kind("positive and finite", lambda x: 0 < x < math.inf)
 ABOVE_0 = Kind("positive", lambda x: x > 0)
 NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
 SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
+PERCENT = Kind("at least 0 and below 100", lambda x: 0 <= x < 100)
 SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
 DATA_SET = Kind(", ".join(DATA_SETS) + ", or one of your own", lambda x: isinstance(x, str))
 OPTIONS = Kind("options by name", lambda x: isinstance(x, Mapping | ConfigDict))
@@ -255,6 +256,14 @@ KEYS = (
     ),
     Key("schedule.factor", 0.1, POSITIVE, "see milestones"),
     Key("schedule.warmup", 0, SCHEDULED, "steps or epochs at another rate first"),
+    Key(
+        "schedule.warmup_until_error",
+        0.0,
+        PERCENT,
+        "instead: until the training error, averaged over about 100 steps, is below so many per"
+        " cent; 0 is off",
+        since="0.2",
+    ),
     Key("schedule.warmup_learning_rate", 0.01, NOT_NEGATIVE, "see warmup_kind"),
     Key(
         "schedule.warmup_kind",
@@ -262,7 +271,7 @@ KEYS = (
         WARMUPS,
         "constant at warmup_learning_rate, or linear from it",
     ),
-    Key("schedule.cut_to_steps", int, SCHEDULED, "shorten all of the above in proportion"),
+    Key("schedule.cut_to_steps", int, SCHEDULED, "shorten all lengths above in proportion"),
     Key("label_smoothing", 0.0, SHARE, "share of the target that all classes divide"),
     Key("auxiliary_weight", 0.3, NOT_NEGATIVE, "of auxiliary classifiers' losses (GoogLeNet)"),
     Key("parallel", "jit", MODES, "jit over a mesh of all devices, or pmap (within one process)"),

@@ -53,6 +53,8 @@ class Log:
         self._sums: list[dict] = counters.get("sums", [])
         self._seconds = counters.get("seconds", 0.0)
         self._waited = counters.get("waited", 0.0)
+        # Of the last step, where the schedule does not know it.
+        self._rate: float | None = counters.get("learning_rate")
         self.restart_clock()
 
     def counters(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Log:
             "sums": list(self._sums),
             "seconds": seconds,
             "waited": self._waited,
+            "learning_rate": self._rate,
         }
 
     def restart_clock(self) -> None:
@@ -82,6 +85,7 @@ class Log:
           TrainingDiverged: they are not finite.
         """
         values = {key: float(np.mean(value)) for key, value in jax.device_get(metrics).items()}
+        self._rate = values.pop("learning_rate", None)
         self._check_finite(step, values)
         self._sums.append(values)
         self._reporter.step(step)
@@ -98,8 +102,9 @@ class Log:
             )
 
     def _learning_rate(self, step):
-        # The schedule computes in float32: 0.01, not 0.009999999776.
-        return float(f"{float(self._setup.schedule(step - 1)):.6g}")
+        rate = self._setup.schedule(step - 1) if self._rate is None else self._rate
+        # It was computed in float32: 0.01, not 0.009999999776.
+        return float(f"{float(rate):.6g}")
 
     def flush(self, step: int) -> None:
         """Writes a row with the means over the steps since the last one, if there are any."""

@@ -28,6 +28,7 @@ from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
 from resvariants.training.report import Reporter
 from resvariants.training.result import (
+    chosen_errors,
     describe_devices,
     facts,
     held_out_errors,
@@ -267,6 +268,7 @@ def _result(config, setup, shapes, log, compile_seconds):
             np.average([row["error"] for row in rows], weights=steps * in_last_epoch)
         ),
         **held_out_errors(last),
+        **chosen_errors(log.rows),
         "compile_seconds": compile_seconds,
         "train_seconds": log.train_seconds,
         "images_per_second": setup.total_steps * config.batch_size / log.train_seconds,

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -17,6 +18,8 @@ OPTIMIZERS: Register[Build] = Register("optimizer")
 SCHEDULES: Register[Callable[..., optax.Schedule]] = Register("schedule")
 UNITS = ("steps", "epochs")
 WARMUPS = ("constant", "linear")
+#: A warm-up that waits for the training error averages it over about so many steps.
+ERROR_STEPS = 100
 
 
 def register_optimizer(name: str) -> Callable[[Build], Build]:
@@ -63,6 +66,8 @@ def cosine(schedule, length, milestones):
 def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int]:
     """The learning rate as a function of the step, and the number of steps.
 
+    A warm-up that waits for the training error is `make_optimizer`'s, and not in it.
+
     Args:
       schedule: the `schedule` part of a config (documented in `resvariants/training/keys.py`).
       steps_per_epoch: training images / batch size.
@@ -73,6 +78,12 @@ def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int
     check_choice("schedule.unit", schedule.unit, UNITS)
     build = choose("schedule.kind", schedule.kind, SCHEDULES)
     check_choice("schedule.warmup_kind", schedule.warmup_kind, WARMUPS)
+    if schedule.warmup_until_error and (schedule.warmup or schedule.warmup_kind != "constant"):
+        raise InputError(
+            f"schedule.warmup_until_error {schedule.warmup_until_error} excludes schedule.warmup"
+            f" {schedule.warmup} and warmup_kind {schedule.warmup_kind}: how long it waits is not"
+            " known before. Let it be 0, or warmup 0 and warmup_kind constant"
+        )
     options = dict(schedule.options)
     check_options(f"schedule {schedule.kind}", build, options)
     limit = 2**31 - 1  # the state counts steps in 32 bits
@@ -174,15 +185,67 @@ def lars(optimizer, learning_rate, decay_mask, *, trust_coefficient=0.001, eps=0
     ]
 
 
+class WarmupState(NamedTuple):
+    """Of an optimiser that warms up until the training error has fallen.
+
+    Attributes:
+      step: how many steps were taken, int32.
+      error: the running mean of their batches' errors, a share in float32.
+      over: whether that has fallen far enough, once and for all; a boolean.
+      learning_rate: of the last step, float32.
+      inner: the optimiser's own state.
+    """
+
+    step: jax.Array
+    error: jax.Array
+    over: jax.Array
+    learning_rate: jax.Array
+    inner: Any
+
+
+def _warm_up(make, learning_rate, schedule):
+    # `make(learning_rate)`, at no more than `schedule.warmup_learning_rate` at first. The optimiser
+    # is made of a rate that knows the state, rather than its updates scaled: those of momentum
+    # behind the rate (lars) would not be what that rate gives.
+    def init(params):
+        inner = make(learning_rate).init(params)
+        rate = jnp.zeros((), jnp.float32)
+        return WarmupState(jnp.zeros((), jnp.int32), rate + 1, jnp.zeros((), bool), rate, inner)
+
+    def update(updates, state, params=None, *, error, **extra):
+        new = jnp.asarray(error, jnp.float32)
+        mean = state.error + (new - state.error) / ERROR_STEPS
+        over = state.over | (100 * mean < schedule.warmup_until_error)
+
+        def rate(step):
+            full = learning_rate(step)
+            return jnp.where(over, full, jnp.minimum(schedule.warmup_learning_rate, full))
+
+        inner = optax.with_extra_args_support(make(rate))
+        updates, own = inner.update(updates, state.inner, params, error=error, **extra)
+        used = jnp.asarray(rate(state.step), jnp.float32)
+        return updates, WarmupState(optax.safe_increment(state.step), mean, over, used, own)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(
-    optimizer, learning_rate: optax.Schedule, *, frozen_norm: bool = False
+    optimizer, learning_rate: optax.Schedule, *, frozen_norm: bool = False, schedule=None
 ) -> optax.GradientTransformation:
     """The optimiser that a config names, behind the clipping that it asks for.
+
+    With `schedule.warmup_until_error` its state is a `WarmupState`, and `update` must be given the
+    batch's `error`, a share. The rate is `schedule.warmup_learning_rate`, or the schedule's where
+    that is smaller, until the training error is below (He et al. 2015, 4.2). One batch's error is
+    noise: what counts is a mean that starts at 1 and takes in 1/`ERROR_STEPS` of the difference to
+    each batch's. The step whose batch takes it there has the schedule's rate already. How long that
+    takes is the network's affair: `schedule.cut_to_steps` does not shorten it.
 
     Args:
       optimizer: the `optimizer` part of a config (documented in `resvariants/training/keys.py`).
       learning_rate: a function of the step.
       frozen_norm: scales and biases of BatchNorm do not decay, whatever the config says.
+      schedule: the `schedule` part of the config; None: no warm-up but that of `learning_rate`.
 
     Raises:
       InputError: no such optimiser or option, a pattern that is no regular expression, or a norm
@@ -211,8 +274,14 @@ def make_optimizer(
     build = choose("optimizer.name", optimizer.name, OPTIMIZERS)
     options = dict(optimizer.options)
     check_options(f"optimizer {optimizer.name}", build, options)
-    parts = build(optimizer, learning_rate, decay_mask, **options)
-    return optax.chain(
-        *([] if clip is None else [optax.clip_by_global_norm(clip)]),
-        *(parts if isinstance(parts, list) else [parts]),
-    )
+
+    def make(learning_rate):
+        parts = build(optimizer, learning_rate, decay_mask, **options)
+        return optax.chain(
+            *([] if clip is None else [optax.clip_by_global_norm(clip)]),
+            *(parts if isinstance(parts, list) else [parts]),
+        )
+
+    if schedule is None or not schedule.warmup_until_error:
+        return make(learning_rate)
+    return _warm_up(make, learning_rate, schedule)

@@ -50,6 +50,25 @@ def held_out_errors(last: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def chosen_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The evaluation of lowest validation error, the earliest of equal ones, as Huang et al. 2016
+    (section 4) report it: `chosen_epoch`, `chosen_val_error` and `chosen_test_error`.
+
+    Args:
+      rows: of a whole run, in their order. Without validation there is nothing to choose by.
+    """
+    held_out = [row for row in rows if row["split"] == "validation"]
+    if not held_out:
+        return {}
+    best = min(held_out, key=lambda row: row["error"])
+    tests = {row["step"]: row["error"] for row in rows if row["split"] == "test"}
+    return {
+        "chosen_epoch": best["epoch"],
+        "chosen_val_error": best["error"],
+        "chosen_test_error": tests[best["step"]],
+    }
+
+
 def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What matters of a result, as (name, value)."""
     table = [
@@ -68,6 +87,9 @@ def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     ):
         if key in result:
             table.append((f"{name}, last epoch", f"{result[key]:.2f} %"))
+    if "chosen_epoch" in result:
+        name = f"test error at the epoch of lowest validation error ({result['chosen_epoch']:.1f})"
+        table.append((name, f"{result['chosen_test_error']:.2f} %"))
     if "origin" in result:  # not trained here
         return [*table, ("weights", result["origin"]["file"])]
     table += [

@@ -37,6 +37,7 @@ class Setup(NamedTuple):
 
     Attributes:
       splits: "train", "test" and perhaps "validation".
+      schedule: the rate of every step, but for a warm-up that waits for the training error.
       training_batches: has `iterate(start, stop)`, which gives the batch of every step from `start`
         on and the indices of images in it that cannot be read, or None if there can be none; and
         `waited`, the seconds that it took because images were not there yet.
@@ -141,7 +142,7 @@ def _build(config):
     of_schedule = f"schedule {config.schedule.kind}"
     schedule, total_steps = made(of_schedule, make_schedule, config.schedule, steps_per_epoch)
     of_optimizer = f"optimizer {config.optimizer.name}"
-    make = partial(make_optimizer, frozen_norm=config.model.frozen_norm)
+    make = partial(make_optimizer, frozen_norm=config.model.frozen_norm, schedule=config.schedule)
     optimizer = made(of_optimizer, make, config.optimizer, schedule)
     made(of_schedule, _check_schedule, schedule)
     channels = data_set.image_shape[-1]
@@ -192,7 +193,9 @@ def _build(config):
 
 def _check_optimizer(optimizer, new_state):
     state = jax.eval_shape(new_state)
-    jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
+    update = optax.with_extra_args_support(optimizer).update
+    error = jax.ShapeDtypeStruct((), jnp.float32)
+    jax.eval_shape(update, state.params, state.opt_state, state.params, error=error)
 
 
 def _check_schedule(schedule):

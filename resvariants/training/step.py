@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
+from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
 
@@ -62,6 +63,7 @@ def train_step(
     Args:
       state: the state before.
       batch: `image` (batch, height, width, channels), `label` (batch,) int32.
+      optimizer: its `update` is given the batch's `error`, if it takes extra arguments.
       seed: with the step number it determines every random draw.
       auxiliary_weight: of the losses of logits that the model sows into `auxiliary_logits`.
       axis_name: the device axis when run per device (`pmap`, `shard_map`); gradients, statistics
@@ -69,7 +71,8 @@ def train_step(
 
     Returns:
       The state after, and float metrics `loss` (without auxiliary classifiers), `error` (share of
-      wrong labels) and `gradient_norm`, all of the batch before the update.
+      wrong labels) and `gradient_norm`, all of the batch before the update; and `learning_rate`
+      where the warm-up waits for the error, so that the step alone does not tell it.
     """
     # The key depends on the step alone: all devices must agree on which blocks to skip. What is
     # dropped inside a block is each device's own.
@@ -103,9 +106,12 @@ def train_step(
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
         grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, state.opt_state, state.params, error=error)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "error": error, "gradient_norm": optax.tree.norm(grads)}
+    if isinstance(opt_state, WarmupState):
+        metrics["learning_rate"] = opt_state.learning_rate
     return TrainState(state.step + 1, params, stats, opt_state), metrics
 
 

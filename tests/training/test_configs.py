@@ -154,6 +154,7 @@ HE_2015 = {  # section 4.2
     "schedule.milestones": (32_000, 48_000),
     "schedule.factor": 0.1,
     "schedule.warmup": 0,
+    "schedule.warmup_until_error": 0.0,
     "schedule.warmup_learning_rate": 0.01,
     "schedule.warmup_kind": "constant",
     "schedule.cut_to_steps": None,
@@ -332,15 +333,23 @@ OURS = {
         "schedule.factor": 0.1,
     }
 }
+# He et al. 2015, section 4.2: until the training error is below 80 %.
+WAITING = ("resnet110", "resnet110_b", "resnet1202", "resnet1202_b", "plain110")
+# He et al. 2016: 400 steps.
 WARMED_UP = (
-    "resnet110", "resnet110_b", "resnet110_c", "plain110", "resnet164", "resnet1001",
-    "resnet1202", "resnet1202_b", "resnet110_exclusive_gating", "preact_resnet110",
+    "resnet110_c", "resnet164", "resnet1001", "resnet110_exclusive_gating", "preact_resnet110",
     "preact_resnet20",
 )  # fmt: skip
 NOT_WARMED_UP = (
     "resnet8", "resnet20", "resnet20_b", "resnet56", "plain20", "plain56", "cifar_resnet152",
     "resnet116", "resnet1100",  # whose names only begin alike
 )  # fmt: skip
+
+
+def warmup_of(name, model):
+    waits = model in WAITING and name != "cifar100"  # which He et al. 2015 do not train on
+    steps = 400 if model in WAITING + WARMED_UP and not waits else 0
+    return {"schedule.warmup": steps, "schedule.warmup_until_error": 80.0 if waits else 0.0}
 
 
 def test_the_tables_above_hold_every_recipe():
@@ -352,7 +361,7 @@ def test_the_tables_above_hold_every_recipe():
 def test_a_recipe_is_the_papers(name, model):
     expected = (PAPERS | OURS)[name] | {"model.name": model}
     if model == "resnet110" and name in OF_CIFAR:
-        expected["schedule.warmup"] = 400
+        expected |= warmup_of(name, model)
     found = flat(module(name).get_config(model))
     assert {key: found[key] for key in expected} == expected
 
@@ -381,12 +390,14 @@ def test_three_hundred_epochs_fall_at_their_half_and_three_quarters():
 
 
 @pytest.mark.parametrize("name", OF_CIFAR)
-@pytest.mark.parametrize("model", WARMED_UP + NOT_WARMED_UP)
+@pytest.mark.parametrize("model", WAITING + WARMED_UP + NOT_WARMED_UP)
 def test_only_the_deepest_nets_start_at_a_tenth_of_the_rate(name, model):
-    schedule = module(name).get_config(model).schedule
-    rate, length = make_schedule(schedule, 50_000 / 128)
+    config = module(name).get_config(model)
+    expected = warmup_of(name, model) | {"schedule.warmup_learning_rate": 0.01}
+    assert {key: flat(config)[key] for key in expected} == expected
+    rate, length = make_schedule(config.schedule, 50_000 / 128)
     steps = [0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999]
-    start = 0.01 if model in WARMED_UP else 0.1
+    start = 0.01 if expected["schedule.warmup"] else 0.1
     expected = [start, start, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6)
     assert length == 64_000

@@ -21,6 +21,7 @@ from resvariants import InputError
 from resvariants.training import evaluation, log, loop
 from resvariants.training.log import TrainingDiverged
 from resvariants.training.report import write_report
+from resvariants.training.result import chosen_errors
 from resvariants.training.setup import set_up
 from resvariants.training.workdir import Workdir
 
@@ -66,6 +67,35 @@ def test_the_result_is_the_last_evaluation_and_the_last_epochs_training_error(fi
     errors, weights = zip(*pairs, strict=True)
     assert 20.9 <= sum(weights) < 20.9 + 5
     assert result["train_error"] == pytest.approx(np.average(errors, weights=weights))
+
+
+def test_the_chosen_epoch_is_that_of_lowest_validation_error(finished):
+    path, result = finished
+    by_step = {}
+    for row in rows(path):
+        by_step.setdefault(row["step"], {})[row["split"]] = row
+    evaluated = [found for _, found in sorted(by_step.items()) if "validation" in found]
+    errors = np.array([found["validation"]["error"] for found in evaluated])
+    chosen = evaluated[int(errors.argmin())]
+    assert len(errors) > 2 and errors.max() > errors.min()
+    assert result["chosen_epoch"] == pytest.approx(chosen["test"]["step"] * 64 / 1337)
+    assert result["chosen_val_error"] == errors.min()
+    assert result["chosen_test_error"] == chosen["test"]["error"]
+    told = f"lowest validation error ({result['chosen_epoch']:.1f})"
+    row = f"| test error at the epoch of {told} | {result['chosen_test_error']:.2f} % |"
+    assert row in (path / "report.md").read_text()
+
+
+def test_of_equal_validation_errors_the_earliest_counts_and_without_any_none():
+    told = [(10, 3.0, 5.0), (20, 2.0, 6.0), (30, 2.0, 4.0), (40, 2.5, 3.0)]
+    made = [
+        {"step": step, "epoch": step / 10, "split": split, "error": error}
+        for step, validation, test in told
+        for split, error in (("train", 0.0), ("test", test), ("validation", validation))
+    ]
+    expected = {"chosen_epoch": 2.0, "chosen_val_error": 2.0, "chosen_test_error": 6.0}
+    assert chosen_errors(made) == expected
+    assert chosen_errors([row for row in made if row["split"] != "validation"]) == {}
 
 
 def test_evaluation_counts_every_image_once(finished):
@@ -120,6 +150,43 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     loop.train(config(), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "run"), final_state(path))
     assert without_speed(tmp_path / "run") == without_speed(path)
+
+
+def test_a_warmup_that_waits_for_the_error_is_told_and_resumed_to_the_same_bits(
+    tmp_path, monkeypatch
+):
+    overrides = {
+        "schedule.warmup": 0,
+        "schedule.warmup_until_error": 95.0,
+        "schedule.milestones": (30,),
+        "log_every_steps": 1,
+    }
+    loop.train(config(**overrides), tmp_path / "whole")
+    training = [row for row in rows(tmp_path / "whole") if row["split"] == "train"]
+    mean, expected = 100.0, []
+    for row in training:
+        mean = 0.99 * mean + 0.01 * row["error"]
+        full = 0.1 if row["step"] <= 30 else 0.01
+        expected.append(full if expected[-1:] == [0.1] or mean < 95 else 0.01)
+    over = expected.index(0.1)
+    assert 9 < over < 29 and [row["learning_rate"] for row in training] == expected
+    for row in rows(tmp_path / "whole"):
+        assert row["learning_rate"] == expected[row["step"] - 1]  # evaluations', too
+    observe = log.Log.step
+
+    def interrupted(self, step, metrics):
+        if step == 9:  # after the checkpoint at 7, while the rate is low
+            raise KeyboardInterrupt
+        observe(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(**overrides), tmp_path / "run")
+    loop.train(config(**overrides), tmp_path / "run")
+    ours, whole = (evaluation.load(tmp_path / name)[2] for name in ("run", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, whole)
+    assert without_speed(tmp_path / "run") == without_speed(tmp_path / "whole")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
@@ -335,6 +402,8 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"batch_size": 1440}, "exceeds the 1337 training images"),
         ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
         ({"schedule.milestones": (30, 20)}, "follow each other"),
+        ({"schedule.warmup_until_error": 80.0}, "excludes schedule.warmup 1"),
+        ({"schedule.warmup_until_error": 100.0}, "is 100.0; it must be .*below 100"),
         ({"parallel": "pjit"}, "allowed: jit, pmap"),
         ({"log_every_steps": 0}, "must be a positive whole"),
         ({"keep_checkpoints": 0}, "must be a positive whole"),

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from resvariants import InputError, create_model
+from resvariants.training.keys import default_config
+from resvariants.training.optimizer import make_optimizer
 from resvariants.training.parallel import check_batch_size, make_parallel
 from resvariants.training.step import create_state, train_step
 
@@ -30,17 +32,17 @@ def batches(steps, dtype):
     ]
 
 
-def trained(mode, sync, survival, steps, dtype, name="resnet14", **options):
+def trained(mode, sync, survival, steps, dtype, name="resnet14", *, optimizer=OPTIMIZER, **options):
     """The state after `steps` steps as numpy arrays, and the last metrics."""
     parallel = make_parallel("jit" if mode == "one device" else mode, sync)
     if survival < 1:
         options["survival_probability"] = survival
     model = create_model(name, axis_name=parallel.bn_axis_name, **options)
-    state = create_state(model, OPTIMIZER, 0, SHAPE)
+    state = create_state(model, optimizer, 0, SHAPE)
     state = jax.tree.map(
         lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, state
     )
-    step = partial(train_step, model=model, optimizer=OPTIMIZER, seed=0)
+    step = partial(train_step, model=model, optimizer=optimizer, seed=0)
     if mode == "one device":
         compiled = jax.jit(step)
         for batch in batches(steps, dtype):
@@ -90,6 +92,24 @@ def test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_gl
     together, _ = trained("jit", True, 1.0, 1, np.float32)
     assert furthest(by_jit, by_pmap) < 1e-6
     assert furthest(by_jit, together) > 1e-3
+
+
+def test_devices_agree_on_when_the_training_error_has_fallen():
+    """By the mean over all of them, though their shares of a batch have errors of their own."""
+    config = default_config()
+    config.schedule.warmup_until_error = 99.85
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.1, schedule=config.schedule)
+    for steps, rate in ((1, 0.01), (2, 0.1)):
+        net = {"name": "resnet8", "optimizer": optimizer}
+        alone, *others = (
+            trained(mode, True, 1.0, steps, np.float32, **net)
+            for mode in ("one device", "jit", "pmap")
+        )
+        for state, metrics in (alone, *others):
+            assert metrics["learning_rate"] == pytest.approx(rate)
+            assert state.opt_state.over == (rate == 0.1)
+            np.testing.assert_allclose(state.opt_state.error, alone[0].opt_state.error, rtol=1e-6)
+            assert furthest(state.params, alone[0].params) < 1e-4
 
 
 def test_a_memory_efficient_densenet_agrees_between_modes():

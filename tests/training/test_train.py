@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import traverse_util
@@ -149,6 +150,8 @@ def test_learning_rate_and_factor_are_the_configs():
         ({"warmup": 40_000}, "warmup 40000"),
         ({"milestones": (-5, 48_000)}, "milestones (-5, 48000)"),
         ({"milestones": (48_000, 32_000)}, "follow each other within schedule.length 64000"),
+        ({"warmup": 400, "warmup_until_error": 80.0}, "excludes schedule.warmup 400"),
+        ({"warmup_kind": "linear", "warmup_until_error": 80.0}, "and warmup_kind linear"),
     ],
 )
 def test_an_impossible_schedule_is_refused(changes, says):
@@ -255,6 +258,64 @@ def test_weight_decay_takes_the_parameters_that_the_pattern_finds(pattern, spare
     for path, update in flat(updates).items():
         expected = 0.0 if any(word in path for word in spared) else -0.1 * 1e-4
         np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
+
+
+# A warm-up that waits for the training error
+
+ERRORS = np.random.default_rng(4).normal(np.linspace(0.95, 0.5, 400), 0.1).clip(0, 1)
+
+
+def waiting_rates(until, schedule):
+    """The rule by its words, in Python: the rate of every step of `ERRORS`."""
+    mean, over, found = 1.0, False, []
+    for step, error in enumerate(ERRORS):
+        mean = 0.99 * mean + 0.01 * error
+        over = over or 100 * mean < until
+        found.append(schedule(step) if over else min(0.01, schedule(step)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("until", [80.0, 95.0, 5.0])
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_a_warmup_lasts_until_the_training_error_has_fallen(until, name):
+    """A falling error with noise, which crosses the limit many times before its mean does."""
+
+    def piecewise(step):
+        return 0.1 if step < 300 else 0.001
+
+    expected = waiting_rates(until, piecewise)
+    switched = np.flatnonzero(expected > 0.05)
+    if until == 5.0:  # never: from the milestone on the schedule's rate is the lower one
+        assert len(switched) == 0 and expected[-1] == 0.001
+    else:
+        assert ERRORS[: switched[0]].min() < until / 100 < ERRORS[switched[0] :].max()
+    schedule, length = make_schedule(
+        schedule_config(length=400, milestones=(300,), factor=0.01, warmup_until_error=until), 1.0
+    )
+    section = optimizer_config(name=name, weight_decay=0.01)
+    waiting = make_optimizer(section, schedule, schedule=schedule_config(warmup_until_error=until))
+    told = make_optimizer(section, lambda step: jnp.asarray(expected, jnp.float32)[step])
+    params = {"head": {"kernel": jnp.ones((3, 2))}}
+    grads = {"head": {"kernel": jnp.linspace(-1, 1, 6).reshape(3, 2)}}
+
+    def step(states, error):
+        theirs, state = told.update(grads, states[0], params)
+        ours, waits = waiting.update(grads, states[1], params, error=error)
+        return (state, waits), (theirs, ours, waits.learning_rate)
+
+    states = told.init(params), waiting.init(params)
+    _, (theirs, ours, used) = jax.lax.scan(step, states, jnp.asarray(ERRORS, jnp.float32))
+    np.testing.assert_allclose(used, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), ours, theirs)
+    assert length == len(ERRORS)
+
+
+def test_without_that_warmup_the_optimisers_state_is_as_it_always_was():
+    params = nested(PARAMETERS)
+    plain = make_optimizer(optimizer_config(), lambda step: 0.1)
+    given = make_optimizer(optimizer_config(), lambda step: 0.1, schedule=schedule_config())
+    states = [jax.tree.structure(each.init(params)) for each in (plain, given)]
+    assert states[0] == states[1]
 
 
 # The step, on a linear model whose every figure numpy can tell
@@ -377,6 +438,28 @@ def test_the_gradient_norm_is_told_before_clipping():
     assert norms[0] == norms[1] > 1e-2
     moved = jax.tree.map(lambda a, b: a - b, after.params["head"], state.params["head"])
     assert norm(moved) < 0.1 * 2e-3  # the gradient's 1e-3, and decay
+
+
+def test_optimisers_that_take_the_batchs_error_are_given_it_and_others_are_not():
+    def update(updates, state, params=None):
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    def with_error(updates, state, params=None, *, error, **extra):
+        return update(updates, error)
+
+    def init(params):
+        return jnp.zeros(())
+
+    batch = make_batch(13, SHAPE, CLASSES)
+    for optimizer, gives in (
+        (optax.GradientTransformation(init, update), lambda error: 0.0),
+        (optax.GradientTransformationExtraArgs(init, with_error), lambda error: error),
+    ):
+        state = create_state(Linear(), optimizer, 0, SHAPE)
+        after, metrics = train_step(state, batch, model=Linear(), optimizer=optimizer, seed=0)
+        assert float(after.opt_state) == gives(float(metrics["error"]))
+        assert metrics.keys() == {"loss", "error", "gradient_norm"}
+    assert float(metrics["error"]) > 0
 
 
 def test_random_draws_depend_on_the_seed_and_the_step_alone():

@@ -15,18 +15,8 @@ from nets import random_variables
 from PIL import Image
 from repository import QUICKLY, ROOT
 
-from configs import (
-    cifar10,
-    cifar100,
-    densenet_unaugmented,
-    digits,
-    imagenet,
-    mnist,
-    svhn,
-)
-from configs import (
-    stochastic_depth as stochastic_depth_recipes,
-)
+from configs import cifar10, cifar100, densenet_unaugmented, digits, imagenet, mnist, svhn
+from configs import stochastic_depth as stochastic_depth_recipes
 from resvariants import InputError, create_model, registers
 from resvariants.data import sets, stream
 from resvariants.data.splits import Source, Split

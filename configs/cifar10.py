@@ -4,9 +4,8 @@
     python experiments/train.py --config=configs/cifar10.py:resnet110 \
         --config.dataset.data_dir=data --workdir=runs/resnet110
 
-Stochastic depth has `configs/stochastic_depth.py`. DenseNets trained without augmentation have
-`--config.model.dropout_rate=0.2` in the paper. The papers' test errors are in
-`resvariants/networks/papers.py`.
+Stochastic depth has `configs/stochastic_depth.py`, DenseNets without augmentation have
+`configs/densenet_unaugmented.py`. The papers' test errors are in `resvariants/networks/papers.py`.
 """
 
 from configs import default

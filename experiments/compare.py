@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.commandline import keys, make_parser, run
+from common.paper_recipes import changed_keys
 from common.recipes import add_training_arguments, chosen_networks
 from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
 from common.runs import Finished
@@ -27,11 +28,17 @@ MISSION = [
 
 
 def paper(finished: Finished) -> str:
-    """The paper's test error of the same network, or else of it on CIFAR-10, or nothing."""
-    if found := reported_errors(finished.config):
-        return str(found)
-    found = reported_errors(finished.config, "cifar10")
-    return f"CIFAR-10: {found}" if found else ""
+    """The paper's test error, or why a run is not to be compared with it, or nothing if there is
+    none.
+    """
+    reported = reported_errors(finished.config)
+    if reported is None:
+        return ""
+    if "origin" in finished.result:
+        return "trained elsewhere"
+    if changed := changed_keys(finished.config, reported):
+        return f"other recipe ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)})"
+    return str(reported)
 
 
 def results_table(networks: dict[str, list[Finished]]) -> list[str]:
@@ -57,7 +64,7 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
                 f"{results[0]['num_params']:,}",
                 mean_and_deviation([r["compile_seconds"] for r in results], ".1f"),
                 mean_and_deviation(
-                    [1000 * r["train_seconds"] / r["steps"] for r in results], ".1f"
+                    [1000 * r["train_seconds"] / max(1, r["steps"]) for r in results], ".1f"
                 ),
                 mean_and_deviation([r["train_seconds"] for r in results], ".0f"),
                 mean_and_deviation([r["train_error"] for r in results]),

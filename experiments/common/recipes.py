@@ -214,7 +214,8 @@ def chosen_networks(
 ) -> dict[str, list[Finished]]:
     """The runs of each network that the command line names, trained if need be.
 
-    Runs of `--workdirs` that differ in nothing but the seed are one network's.
+    Runs of `--workdirs` that differ in nothing but the seed are one network's; weights that were
+    imported are another's than those trained here.
     """
     if not args.workdirs:
         return train_networks(args.models, args, check)
@@ -224,5 +225,6 @@ def chosen_networks(
     for finished in map(read_run, args.workdirs):
         config = flat(json.loads(finished.config.to_json()))
         same = {key: config[key] for key in config.keys() - EXECUTION_KEYS - {"seed"}}
+        same["origin"] = finished.result.get("origin")
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(finished)
     return {str(group[0].path): group for group in groups.values()}

@@ -195,7 +195,7 @@ class DenseNet(nn.Module):
         without augmentation. Needs the rng stream `dropout` in training.
       memory_efficient: activations in memory grow linearly with depth instead of quadratically,
         at the price of computing some of them twice (see `DenseLayer`).
-      frozen_norm, dtype, axis_name: see `resnet.ResNet`.
+      frozen_norm, dtype, axis_name, head_init: see `resnet.ResNet`.
     """
 
     block_sizes: Sequence[int]
@@ -210,6 +210,7 @@ class DenseNet(nn.Module):
     frozen_norm: bool = False
     dtype: Any = None
     axis_name: str | None = None
+    head_init: str = "lecun_normal"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, return_features: bool = False) -> Any:
@@ -226,7 +227,7 @@ class DenseNet(nn.Module):
 
         Raises:
           InputError: growth rate below 1, compression outside (0, 1], dropout outside [0, 1),
-            images that the transitions would use up.
+            images that the transitions would use up, unknown `head_init`.
         """
         check_images(images)
         if self.growth_rate < 1:
@@ -258,7 +259,7 @@ class DenseNet(nn.Module):
                 outputs[f"transition{b - 1}"] = x
             x = outputs[f"block{b}"] = block(size, name=f"block{b}")(x)
         x = outputs["final_norm"] = nn.relu(make_norm(name="final_norm")(x))
-        outputs |= pool_and_classify(x, self.num_classes)
+        outputs |= pool_and_classify(x, self.num_classes, self.head_init)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
 

@@ -9,9 +9,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from resvariants.errors import InputError
+from resvariants.errors import InputError, choose
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.linear import linear_map
+
+#: How a linear classifier's kernel may start, by name; its biases start at 0. "lecun_normal":
+#: `nn.Dense`'s default, of variance 1/n for n inputs, cut off at two deviations, as in Flax's
+#: example. "he_normal": of variance 2/n, as He et al. 2015 start all weights. "torch_uniform":
+#: between -1/sqrt(n) and 1/sqrt(n), as in fb.resnet.torch and the codes of ResNeXt and DenseNet.
+#: "zeros": all classes alike at first, as in Big Vision's BiT, for fine-tuning above all.
+HEAD_INITS = {
+    "lecun_normal": nn.initializers.lecun_normal(),
+    "he_normal": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
+    "torch_uniform": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    "zeros": nn.initializers.zeros,
+}
 
 
 def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
@@ -33,10 +45,17 @@ def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.A
     return {"pooled": pooled, "logits": head(pooled)}
 
 
-def pool_and_classify(x: jax.Array, num_classes: int) -> dict[str, jax.Array]:
-    """`classify` of feature maps' averages over height and width."""
+def pool_and_classify(
+    x: jax.Array, num_classes: int, head_init: str = "lecun_normal"
+) -> dict[str, jax.Array]:
+    """`classify` of feature maps' averages over height and width.
+
+    Raises:
+      InputError: `head_init` is none of `HEAD_INITS`.
+    """
+    kernel_init = choose("head_init", head_init, HEAD_INITS)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return classify(x.mean((1, 2)), num_classes)
+    return classify(x.mean((1, 2)), num_classes, kernel_init=kernel_init)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -28,7 +28,7 @@ _HE2015 = "He et al. 2015, table 6"
 
 _HE2016 = "He et al. 2016, median of five runs"
 
-_HUANG2016 = "Huang et al. 2016"
+HUANG2016 = "Huang et al. 2016"
 
 _DENSENET = "Huang et al. 2017, table 2"
 
@@ -38,7 +38,7 @@ _HIGHWAY = "Srivastava et al. 2015, mean of five runs"
 
 _CONVENTION = "public code, no paper"
 
-# (data set, model, survival probability of the last block) -> test error. CIFAR with augmentation.
+# (data set, model, survival probability of the last block) -> test error, with augmentation.
 TEST_ERRORS = {
     ("cifar10", "resnet20", 1.0): Reported(8.75, _HE2015),
     ("cifar10", "resnet32", 1.0): Reported(7.51, _HE2015),
@@ -64,19 +64,19 @@ TEST_ERRORS = {
     ("cifar10", "resnet110_shortcut_only_gating", 1.0): Reported(6.91, _HE2016),
     ("cifar10", "resnet110_c", 1.0): Reported(12.22, _HE2016),
     # Huang et al. 2016 average where they subsample; the nets that subsample are shown beside them.
-    ("cifar10", "resnet110_average", 1.0): Reported(6.41, _HUANG2016),
-    ("cifar10", "resnet110_average", 0.5): Reported(5.25, _HUANG2016),
-    ("cifar10", "resnet110", 0.5): Reported(5.25, _HUANG2016),
-    ("cifar10", "resnet1202_average", 1.0): Reported(6.67, _HUANG2016),
-    ("cifar10", "resnet1202_average", 0.5): Reported(4.91, _HUANG2016),
-    ("cifar10", "resnet1202", 0.5): Reported(4.91, _HUANG2016),
+    ("cifar10", "resnet110_average", 1.0): Reported(6.41, HUANG2016),
+    ("cifar10", "resnet110_average", 0.5): Reported(5.25, HUANG2016),
+    ("cifar10", "resnet110", 0.5): Reported(5.25, HUANG2016),
+    ("cifar10", "resnet1202_average", 1.0): Reported(6.67, HUANG2016),
+    ("cifar10", "resnet1202_average", 0.5): Reported(4.91, HUANG2016),
+    ("cifar10", "resnet1202", 0.5): Reported(4.91, HUANG2016),
     ("cifar100", "resnet164", 1.0): Reported(25.16, _HE2016),
     ("cifar100", "resnet1001", 1.0): Reported(27.82, _HE2016),
     ("cifar100", "preact_resnet164", 1.0): Reported(24.33, _HE2016),
     ("cifar100", "preact_resnet1001", 1.0): Reported(22.71, _HE2016),
-    ("cifar100", "resnet110_average", 1.0): Reported(27.76, _HUANG2016),
-    ("cifar100", "resnet110_average", 0.5): Reported(24.98, _HUANG2016),
-    ("cifar100", "resnet110", 0.5): Reported(24.98, _HUANG2016),
+    ("cifar100", "resnet110_average", 1.0): Reported(27.76, HUANG2016),
+    ("cifar100", "resnet110_average", 0.5): Reported(24.98, HUANG2016),
+    ("cifar100", "resnet110", 0.5): Reported(24.98, HUANG2016),
     ("cifar10", "resnext29_8x64d", 1.0): Reported(3.65, _XIE2016),
     ("cifar10", "resnext29_16x64d", 1.0): Reported(3.58, _XIE2016),
     ("cifar100", "resnext29_8x64d", 1.0): Reported(17.77, _XIE2016),
@@ -93,21 +93,35 @@ TEST_ERRORS = {
     ("cifar100", "densenet_bc100_k12", 1.0): Reported(22.27, _DENSENET),
     ("cifar100", "densenet_bc250_k24", 1.0): Reported(17.60, _DENSENET),
     ("cifar100", "densenet_bc190_k40", 1.0): Reported(17.18, _DENSENET),
-    ("svhn_extra", "cifar_resnet152", 1.0): Reported(1.80, _HUANG2016),
-    ("svhn_extra", "cifar_resnet152", 0.5): Reported(1.75, _HUANG2016),
+    ("cifar10", "highway19", 1.0): Reported(7.69, _HIGHWAY),
+    ("cifar100", "highway19", 1.0): Reported(32.39, _HIGHWAY),
+    ("cifar10", "cifar_vgg19_bn", 1.0): Reported(6.66, _CONVENTION),
+    ("cifar100", "cifar_vgg19_bn", 1.0): Reported(28.05, _CONVENTION),
+    ("cifar10", "cifar_alexnet", 1.0): Reported(22.78, _CONVENTION),
+    ("cifar100", "cifar_alexnet", 1.0): Reported(56.13, _CONVENTION),
+}
+
+# The same without.
+UNAUGMENTED_ERRORS = {
+    ("cifar10", "densenet40_k12", 1.0): Reported(7.00, _DENSENET),
+    ("cifar10", "densenet100_k12", 1.0): Reported(5.77, _DENSENET),
+    ("cifar10", "densenet100_k24", 1.0): Reported(5.83, _DENSENET),
+    ("cifar10", "densenet_bc100_k12", 1.0): Reported(5.92, _DENSENET),
+    ("cifar10", "densenet_bc250_k24", 1.0): Reported(5.19, _DENSENET),
+    ("cifar100", "densenet40_k12", 1.0): Reported(27.55, _DENSENET),
+    ("cifar100", "densenet100_k12", 1.0): Reported(23.79, _DENSENET),
+    ("cifar100", "densenet100_k24", 1.0): Reported(23.42, _DENSENET),
+    ("cifar100", "densenet_bc100_k12", 1.0): Reported(24.15, _DENSENET),
+    ("cifar100", "densenet_bc250_k24", 1.0): Reported(19.64, _DENSENET),
+    ("svhn_extra", "cifar_resnet152", 1.0): Reported(1.80, HUANG2016),
+    ("svhn_extra", "cifar_resnet152", 0.5): Reported(1.75, HUANG2016),
     ("svhn_extra", "densenet40_k12", 1.0): Reported(1.79, _DENSENET),
     ("svhn_extra", "densenet100_k12", 1.0): Reported(1.67, _DENSENET),
     ("svhn_extra", "densenet100_k24", 1.0): Reported(1.59, _DENSENET),
     ("svhn_extra", "densenet_bc100_k12", 1.0): Reported(1.76, _DENSENET),
     ("svhn_extra", "densenet_bc250_k24", 1.0): Reported(1.74, _DENSENET),
-    ("cifar10", "highway19", 1.0): Reported(7.69, _HIGHWAY),
-    ("cifar100", "highway19", 1.0): Reported(32.39, _HIGHWAY),
     ("mnist", "highway10_width16", 1.0): Reported(0.60, _HIGHWAY),
     ("mnist", "highway10_width32", 1.0): Reported(0.46, _HIGHWAY),
-    ("cifar10", "cifar_vgg19_bn", 1.0): Reported(6.66, _CONVENTION),
-    ("cifar100", "cifar_vgg19_bn", 1.0): Reported(28.05, _CONVENTION),
-    ("cifar10", "cifar_alexnet", 1.0): Reported(22.78, _CONVENTION),
-    ("cifar100", "cifar_alexnet", 1.0): Reported(56.13, _CONVENTION),
 }
 
 # How validation images of ImageNet are seen: the centre; corners, centre and their mirror images;
@@ -120,7 +134,7 @@ MULTI_SCALE = "multi-scale"
 
 _RELEASED = "He et al. 2015's released models, no table"
 
-_FB = "fb.resnet.torch, no paper"
+FB = "fb.resnet.torch, no paper"
 
 _HE2015_TABLE2 = "He et al. 2015, table 2"
 
@@ -143,12 +157,12 @@ _GOOGLENET = "Szegedy et al. 2014, table 3"
 # Evaluation -> model -> top-1 error, top-5 error, source.
 _IMAGENET: dict[str, dict[str, tuple[float | None, float | None, str]]] = {
     ONE_CROP: {
-        "resnet18": (30.43, 10.76, _FB),
-        "resnet34": (26.73, 8.74, _FB),
-        "resnet50_v1_5": (24.01, 7.02, _FB),
-        "resnet101_v1_5": (22.44, 6.21, _FB),
-        "resnet152_v1_5": (22.16, 6.16, _FB),
-        "preact_resnet200": (21.66, 5.79, _FB),
+        "resnet18": (30.43, 10.76, FB),
+        "resnet34": (26.73, 8.74, FB),
+        "resnet50_v1_5": (24.01, 7.02, FB),
+        "resnet101_v1_5": (22.44, 6.21, FB),
+        "resnet152_v1_5": (22.16, 6.16, FB),
+        "preact_resnet200": (21.66, 5.79, FB),
         "resnet50": (24.7, 7.8, _RELEASED),
         "resnet101": (23.6, 7.1, _RELEASED),
         "resnet152": (23.0, 6.7, "He et al. 2016, table 5"),

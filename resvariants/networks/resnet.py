@@ -111,6 +111,7 @@ class ResNet(nn.Module):
       axis_name: of the `pmap` or `shard_map` axis over which BatchNorm statistics are shared.
       shares_stem_activation: false: also the first block pre-activates for itself, as it must
         behind a stem without activation.
+      head_init: how the classifier starts, one of `layers.HEAD_INITS`.
     """
 
     stage_sizes: Sequence[int]
@@ -130,6 +131,7 @@ class ResNet(nn.Module):
     dtype: Any = None
     axis_name: str | None = None
     shares_stem_activation: bool = True
+    head_init: str = "lecun_normal"
 
     @property
     def num_blocks(self) -> int:
@@ -158,7 +160,8 @@ class ResNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: gates of another shape, unknown `remat`, survival probability outside (0, 1].
+          InputError: gates of another shape, unknown `remat` or `head_init`, survival probability
+            outside (0, 1].
         """
         check_images(images)
         if gates is None:
@@ -197,7 +200,7 @@ class ResNet(nn.Module):
         if self.final_activation:
             x = activate(x, self.final_activation, partial(make_norm, name="final_norm"))
             outputs["final_norm"] = x
-        outputs |= pool_and_classify(x, self.num_classes)
+        outputs |= pool_and_classify(x, self.num_classes, self.head_init)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 
     def _geometry(self, stride):

@@ -117,25 +117,31 @@ def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -
     pyplot.close(figure)
 
 
-def reported_errors(
-    config: Any, data_set: str | None = None, *, multi_scale: bool = False
-) -> papers.Reported | None:
-    """The paper's figure for the network of a run's config, evaluated as the run is, if it has one.
+def augmented(dataset: Any) -> bool:
+    """Whether training images are changed at random, by the config's `dataset`."""
+    ways = ("crop_padding", "flip", "color_jitter", "lighting", "augmentation")
+    return any(dataset[way] for way in ways)
+
+
+def reported_errors(config: Any, *, multi_scale: bool = False) -> papers.Reported | None:
+    """The paper's figure for the network of a run's config, if it has one.
+
+    Of the run's data set, with augmentation or without as the run is, and evaluated as it is. The
+    rest of the recipe may be another.
 
     Args:
-      data_set: instead of the run's own.
       multi_scale: evaluated at several scales.
     """
     model, dataset = config["model"], config["dataset"]
     name, survival = model["name"], model["survival_probability"]
-    data_set = data_set or dataset["name"]
     if model["options"] or (model["survival_schedule"], model["survival_draw"]) != (
         "linear",
         "batch",
     ):
         return None
-    if data_set != "imagenet2012":
-        return papers.TEST_ERRORS.get((data_set, name, survival))
+    if dataset["name"] != "imagenet2012":
+        errors = papers.TEST_ERRORS if augmented(dataset) else papers.UNAUGMENTED_ERRORS
+        return errors.get((dataset["name"], name, survival))
     crops = papers.TEN_CROPS if dataset["ten_crop"] else papers.ONE_CROP
     found = papers.IMAGENET_ERRORS.get((name, papers.MULTI_SCALE if multi_scale else crops))
     as_papers = survival == 1 and found and dataset["image_size"] == zoo.find(name).image_shape[0]
@@ -146,7 +152,7 @@ def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> 
     """`report.md`: the result's table beside the paper's figure, and the curves drawn beside it."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     table = result_table(result)
-    if reported := reported_errors(config, result["dataset"]):
+    if reported := reported_errors(config):
         table.append(("the paper's test error", str(reported)))
     schedule = config["schedule"]
     budget = f"The schedule's {schedule['length']:,} {schedule['unit']}"
@@ -154,7 +160,6 @@ def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> 
         budget += f" were cut to {schedule['cut_to_steps']:,} steps, its parts in proportion"
     else:
         budget += " were run in full"
-    augmented = config["dataset"]["crop_padding"] or config["dataset"]["flip"]
     head = [
         f"# {result['model']} on {result['dataset']}",
         "",
@@ -172,11 +177,12 @@ def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> 
         ]
         path.write_text("\n".join(head + lines))
         return
+    seen = "augmented, " if augmented(config["dataset"]) else ""
     lines = [
         "![learning curves](curves.png)",
         "",
         f"{budget}. Training error is that of the last epoch's batches as they were trained on"
-        f" ({'augmented, ' if augmented else ''}normalised by their own statistics); grey lines"
+        f" ({seen}normalised by their own statistics); grey lines"
         " mark where the learning rate fell. The configuration is in `config.json`. Versions:"
         f" {versions}.",
         "",

@@ -15,7 +15,8 @@ from nets import random_variables
 from PIL import Image
 from repository import QUICKLY, ROOT
 
-from configs import digits, imagenet
+from configs import cifar10, cifar100, densenet_unaugmented, digits, imagenet, mnist, svhn
+from configs import stochastic_depth as stochastic_depth_recipes
 from resvariants import InputError, create_model, registers
 from resvariants.data import sets, stream
 from resvariants.data.splits import Source, Split
@@ -234,7 +235,7 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
     mean, deviation = (float(part) for part in row[5].split("±"))
     assert mean == pytest.approx((first + second) / 2, abs=0.006)
     assert deviation == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
-    assert row[0] == "75,002" and "CIFAR-10" not in row[6]
+    assert row[0] == "75,002" and row[6] == ""
     assert cells(report, "model.survival_probability") == ["1.0", "0.5"]
     # Finished runs stay as they are; an unfinished one goes on.
     (tmp_path / specs[0] / "seed1" / "result.json").unlink()
@@ -246,17 +247,110 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
     check_report(tmp_path / "there", f"| {folders[0]} |")
 
 
-def test_the_papers_figures_stand_beside_their_networks(tmp_path, start):
-    start(compare, f"--out={tmp_path}", "--steps=1", "--models", "resnet20,batch_size=8")
-    check_report(tmp_path, "CIFAR-10: 8.75 % (He et al. 2015, table 6)")
+def beside(config, **result):
+    return compare.paper(runs.Finished(ROOT, config, result, []))
 
 
-def test_no_papers_figure_stands_beside_a_network_with_other_options():
-    config = digits.get_config("resnet20")
-    found = runs.Finished(ROOT, config, {}, [])
-    assert "8.75" in compare.paper(found)
-    config.model.options.shortcut = "C"
-    assert compare.paper(found) == ""
+# Recipe, model, what is changed, what stands in the paper's column.
+BESIDE = [
+    (cifar10, "resnet110", {}, "6.61 % (He et al. 2015, table 6, mean"),
+    (cifar10, "resnet20", {"schedule.cut_to_steps": 800}, "other recipe (schedule.cut_to_steps)"),
+    (cifar10, "resnet20", {"batch_size": 64}, "other recipe (batch_size)"),
+    (cifar10, "resnet20", {"optimizer.options.b1": 0.8}, "other recipe (optimizer.options.b1)"),
+    (cifar10, "resnet20", {"dataset.flip": False}, "other recipe (dataset.flip)"),
+    (cifar10, "resnet20", {"model.dtype": "bfloat16"}, "other recipe (model.dtype)"),
+    (cifar10, "resnet20", {"model.options.shortcut": "C"}, ""),
+    (cifar10, "resnet8", {}, ""),
+    (cifar100, "preact_resnet164", {}, "24.33 %"),
+    (cifar10, "densenet40_k12", {}, "5.24 %"),
+    (densenet_unaugmented, "densenet40_k12", {}, "7.00 %"),
+    (densenet_unaugmented, "densenet40_k12", {"dataset.name": "cifar100"}, "27.55 %"),
+    (
+        cifar10,
+        "densenet40_k12",
+        {"dataset.flip": False, "dataset.crop_padding": 0},
+        "other recipe (model.dropout_rate)",
+    ),
+    (stochastic_depth_recipes, "resnet110_average", {}, "5.25 %"),
+    (stochastic_depth_recipes, "resnet110_average", {"dataset.name": "cifar100"}, "24.98 %"),
+    (stochastic_depth_recipes, "resnet110_average", {"model.survival_probability": 1.0}, "6.41 %"),
+    (
+        stochastic_depth_recipes,
+        "resnet110_average",
+        {"dataset.validation_size": 0},
+        "other recipe (dataset.validation_size)",
+    ),
+    (
+        cifar10,
+        "resnet110",
+        {"model.survival_probability": 0.5},
+        "other recipe (dataset.validation_size, optimizer.nesterov,"
+        " optimizer.weight_decay_parameters, ...)",
+    ),
+    (svhn, "cifar_resnet152", {"model.survival_probability": 0.5}, "1.75 %"),
+    (svhn, "densenet40_k12", {"dataset.flip": True}, ""),
+    (mnist, "highway10_width16", {}, "0.60 %"),
+    (mnist, "highway10_width16", {"schedule.length": 9}, "other recipe (schedule.length)"),
+    (digits, "resnet20", {}, ""),
+    (imagenet, "resnet18", {}, "other recipe (dataset.color_jitter, dataset.crop, opt"),
+    (imagenet, "resnet18", imagenet.TORCH, "30.43 %, top-5 10.76 % (one crop; fb"),
+]
+FREELY = {
+    "seed": 3,
+    "dataset.data_dir": "elsewhere",
+    "model.unroll": 2,
+    "parallel": "pmap",
+    "eval_batch_size": 9,
+    "eval_every_epochs": 2.5,
+    "keep_checkpoints": 5,
+    "dataset.workers": 0,
+}
+
+
+@pytest.mark.parametrize("freely", [{}, FREELY], ids=["", "freely"])
+@pytest.mark.parametrize(("module", "model", "changes", "says"), BESIDE)
+def test_a_papers_figure_stands_beside_its_recipe_alone(module, model, changes, says, freely):
+    config = module.get_config(model)
+    config.update_from_flattened_dict({**changes, **freely})
+    found = beside(config)
+    assert found.startswith(says) and bool(found) == bool(says)
+    assert beside(config, origin={}) == ("trained elsewhere" if says else "")
+
+
+def test_holding_images_out_is_free_where_the_paper_does_not_say():
+    config = cifar10.get_config("resnet20")
+    config.dataset.validation_size = 5_000
+    assert beside(config).startswith("8.75 %")
+
+
+def test_every_figure_has_a_recipe_that_a_laptops_is_not():
+    imagenets = [
+        ("imagenet2012", name, 1.0)
+        for name, way in papers.IMAGENET_ERRORS
+        if way != papers.MULTI_SCALE
+    ]
+    for augmented, figures in (
+        (True, [*papers.TEST_ERRORS, *imagenets]),
+        (False, papers.UNAUGMENTED_ERRORS),
+    ):
+        for data_set, name, survival in figures:
+            config = digits.get_config(name)
+            config.dataset.update({"name": data_set, "flip": augmented})
+            if data_set == "imagenet2012":
+                config.dataset.ten_crop = (name, papers.ONE_CROP) not in papers.IMAGENET_ERRORS
+                config.dataset.image_size = find(name).image_shape[0]
+            config.model.survival_probability = survival
+            assert beside(config).startswith("other recipe ("), (data_set, name, survival)
+
+
+def test_imported_weights_are_compared_as_a_network_of_their_own(finished, tmp_path, start):
+    imported = shutil.copytree(finished, tmp_path / "imported")
+    result = json.loads((imported / "result.json").read_text())
+    result |= {"steps": 0, "epochs": 0.0, "train_seconds": 0.0, "origin": {"sha256": "0"}}
+    (imported / "result.json").write_text(json.dumps(result))
+    start(compare, f"--out={tmp_path / 'out'}", "--workdirs", finished, imported)
+    report = check_report(tmp_path / "out")
+    assert cells(report, finished)[3] != "0" and cells(report, imported)[3] == "0"
 
 
 IMAGENET = [
@@ -275,7 +369,7 @@ IMAGENET = [
 def test_imagenets_figures_are_those_of_the_runs_evaluation(name, overrides, says):
     config = imagenet.get_config(name)
     config.update_from_flattened_dict(overrides)
-    found = compare.paper(runs.Finished(ROOT, config, {}, []))
+    found = beside(config)
     assert found.startswith(says) and bool(found) == bool(says)
     if name == "vgg16":
         assert reported_errors(config, multi_scale=True).top5 == 7.5

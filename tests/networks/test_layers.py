@@ -10,10 +10,14 @@ import reference
 from flax import linen as nn
 from jax import lax
 
+from configs import digits
+from resvariants import InputError, ResNet
 from resvariants.networks.convolution import CHUNK, NHWC, conv, conv_general_dilated
+from resvariants.networks.densenet import DenseNet
 from resvariants.networks.layers import max_pool
 from resvariants.networks.normalisation import batch_norm
 from resvariants.networks.shortcuts import identity_shortcut
+from resvariants.training.setup import set_up
 
 RNG = np.random.default_rng(0)
 
@@ -244,3 +248,63 @@ def test_running_statistics_keep_nine_tenths():
     mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))
     np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-4)
+
+
+# Classifiers of 64 inputs and 1,000 classes: deviation, and the largest weight that there may be.
+HEADS = {
+    "lecun_normal": (64**-0.5, 2 / 0.87962566 * 64**-0.5),  # cut off at two deviations of the uncut
+    "he_normal": ((2 / 64) ** 0.5, np.inf),
+    "torch_uniform": ((3 * 64) ** -0.5, 64**-0.5),
+    "zeros": (0.0, 0.0),
+}
+NETS = {
+    "ResNet": partial(ResNet, (1,), (64,), 1000),
+    "DenseNet": partial(DenseNet, (1,), 48, 1000),
+}
+
+
+def head_of(model):
+    """How the classifier starts."""
+    init = jax.jit(lambda key, x: model.init(key, x, train=False)["params"]["head"])
+    return init(jax.random.key(3), jnp.zeros((1, 4, 4, 3)))
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_classifier_starts_as_its_name_says(name, net):
+    head = head_of(NETS[net](head_init=name))
+    kernel, (deviation, largest) = np.asarray(head["kernel"]), HEADS[name]
+    assert kernel.shape == (64, 1000) and not head["bias"].any()
+    assert kernel.std() == pytest.approx(deviation, rel=0.02)
+    assert abs(kernel.mean()) <= 0.02 * deviation
+    assert np.abs(kernel).max() <= largest * (1 + 1e-6)
+    if 0 < largest < np.inf:
+        assert np.abs(kernel).max() > 0.98 * largest
+    if name == "he_normal":  # not cut off: one in 370 is beyond three deviations
+        assert (np.abs(kernel) > 3 * deviation).mean() == pytest.approx(1 / 370, rel=0.3)
+
+
+class Head(nn.Module):
+    """`nn.Dense` as it starts by itself."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(1000, name="head")(jnp.zeros((1, 64)))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_unless_said_otherwise_a_classifier_starts_as_flaxs(net):
+    ours, flaxs = head_of(NETS[net]()), head_of(Head())
+    np.testing.assert_array_equal(ours["kernel"], flaxs["kernel"])
+
+
+def test_configs_choose_how_the_classifier_starts():
+    for name in ("plain20", "preact_resnet164", "resnext29_32x4d", "densenet22_k12"):
+        config = digits.get_config(name)
+        config.model.options.head_init = "normal"
+        allowed = "head_init 'normal'; allowed: he_normal, lecun_normal, torch_uniform, zeros"
+        with pytest.raises(InputError, match=allowed):
+            set_up(config)
+    config = digits.get_config("resnet8")
+    config.model.options.head_init = "zeros"
+    assert not set_up(config).new_state().params["head"]["kernel"].any()

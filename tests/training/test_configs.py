@@ -22,6 +22,7 @@ from resvariants.training import keys, workdir
 from resvariants.training.keys import DTYPES
 from resvariants.training.optimizer import make_schedule
 from resvariants.training.parallel import check_batch_size
+from resvariants.training.report import reported_errors
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 RECIPES = [name for name in NAMES if name != "default"]
@@ -173,6 +174,14 @@ HE_2015 = {  # section 4.2
 PAPERS = {
     "cifar10": HE_2015 | {"dataset.name": "cifar10"},
     "cifar100": HE_2015 | {"dataset.name": "cifar100"},
+    # Huang et al. 2017, 4.2.
+    "densenet_unaugmented": HE_2015
+    | {
+        "dataset.name": "cifar10",
+        "dataset.crop_padding": 0,
+        "dataset.flip": False,
+        "model.dropout_rate": 0.2,
+    },
     # In no paper: CIFAR-10's recipe.
     "fashion_mnist": HE_2015 | {"dataset.name": "fashion_mnist"},
     # Huang et al. 2016, section 4: stochastic depth.
@@ -272,6 +281,7 @@ OWN = {
     ("cifar10", "cifar_alexnet"): CONVENTION,
     ("cifar10", "vgg15_width128"): CONVENTION,
     ("cifar10", "preact_resnet164"): {"schedule.warmup": 400},
+    ("densenet_unaugmented", "densenet_bc100_k12"): DENSENET,
     ("cifar100", "resnext29_16x64d"): XIE_2016,
     ("cifar100", "densenet40_k12"): DENSENET,
     ("cifar100", "highway19"): SRIVASTAVA_2015,
@@ -319,7 +329,7 @@ OWN = {
         "auxiliary_weight": 0.3,
     },
 }
-OF_CIFAR = ("cifar10", "cifar100", "fashion_mnist")
+OF_CIFAR = ("cifar10", "cifar100", "densenet_unaugmented", "fashion_mnist")
 # In no paper, so that only what the papers fix for every data set is fixed here.
 OURS = {
     "digits": {
@@ -378,6 +388,32 @@ def test_fashion_mnist_has_cifars_recipes(model):
     ours, cifars = (module(name).get_config(model) for name in ("fashion_mnist", "cifar10"))
     ours.dataset.name = cifars.dataset.name
     assert ours == cifars
+
+
+# Huang et al. 2017, table 2: C10, C10+, C100, C100+, SVHN.
+DENSENETS = {
+    "densenet40_k12": (7.00, 5.24, 27.55, 24.42, 1.79),
+    "densenet100_k12": (5.77, 4.10, 23.79, 20.20, 1.67),
+    "densenet100_k24": (5.83, 3.74, 23.42, 19.25, 1.59),
+    "densenet_bc100_k12": (5.92, 4.51, 24.15, 22.27, 1.76),
+    "densenet_bc250_k24": (5.19, 3.62, 19.64, 17.60, 1.74),
+    "densenet_bc190_k40": (None, 3.46, None, 17.18, None),
+}
+
+
+@pytest.mark.parametrize("model", DENSENETS)
+def test_a_densenets_figure_is_that_of_its_augmentation(model):
+    unaugmented = module("densenet_unaugmented").get_config(model)
+    configs = [unaugmented, module("cifar10").get_config(model)]
+    configs += [config.copy_and_resolve_references() for config in configs]
+    for config in configs[2:]:
+        config.dataset.name = "cifar100"
+    found = [reported_errors(config) for config in (*configs, module("svhn").get_config(model))]
+    assert tuple(each and each.error for each in found) == DENSENETS[model]
+    for way in ({"flip": True}, {"crop_padding": 4}, {"color_jitter": 0.4}):
+        config = module("svhn").get_config(model)
+        config.dataset.update(way)
+        assert reported_errors(config) is None
 
 
 def test_three_hundred_epochs_fall_at_their_half_and_three_quarters():

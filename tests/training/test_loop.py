@@ -328,7 +328,8 @@ def read_events(path):
 
 
 def test_the_report_gives_the_papers_figure_and_the_budget(finished, tmp_path):
-    made = json.loads(config("resnet110", **{"dataset.crop_padding": 4}).to_json())
+    overrides = {"dataset.name": "cifar10", "dataset.crop_padding": 4}
+    made = json.loads(config("resnet110", **overrides).to_json())
     result = {**finished[1], "model": "resnet110", "dataset": "cifar10"}
     write_report(result, made, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()

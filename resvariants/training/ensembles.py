@@ -25,14 +25,9 @@ from resvariants.data import sets
 from resvariants.data.splits import Split
 from resvariants.errors import InputError, choose
 from resvariants.networks.summary import feature_info
-from resvariants.training.evaluation import (
-    apply_to_batches,
-    corrupt_images,
-    evaluate,
-    figures,
-    load,
-)
+from resvariants.training.evaluation import evaluate, figures, load
 from resvariants.training.parallel import compiler_options
+from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.setup import Setup
 from resvariants.training.step import TrainState, evaluation_sums, predict
 

@@ -1,31 +1,24 @@
 """How is a trained network evaluated, wherever it was trained?"""
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from resvariants.data import sets
-from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError, RunError, choose
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
 from resvariants.training.parallel import compiler_options
+from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.result import facts, held_out_errors
 from resvariants.training.setup import Setup, set_up
 from resvariants.training.step import TrainState, eval_step
 from resvariants.training.workdir import Workdir, read_config
-
-
-class StoppedEarly(Exception):
-    """An evaluation was asked to stop."""
 
 
 def make_evaluator(
@@ -59,38 +52,6 @@ def make_evaluator(
     return evaluate
 
 
-def apply_to_batches(
-    step: Callable[[dict[str, jax.Array]], Any],
-    setup: Setup,
-    images: Split | Stream,
-    batch_size: int,
-    corrupt: Any = None,
-    stopping: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> list[Any]:
-    """What `step` gives for each evaluation batch of `images`, in order.
-
-    `options` are those of `setup.evaluation_batches`, the rest is `make_evaluator`'s.
-    """
-    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
-    results, unreadable = [], []
-    batches: Any = setup.evaluation_batches(
-        images, batch_size, sharding=setup.parallel.batch_sharding, **options
-    )
-    with closing(batches):
-        for batch, indices in batches:
-            if stopping():
-                raise StoppedEarly
-            results.append(step(batch))
-            unreadable.append(indices)
-            if len(results) > 3:  # or all batches would wait in the device's memory
-                jax.block_until_ready(results[-3])
-    if corrupt is not None:
-        for indices in (x for x in unreadable if x is not None):
-            corrupt.note(images, np.asarray(indices))
-    return results
-
-
 def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
     """Means of `evaluation_sums` over all images of `split`; errors in per cent.
 
@@ -104,17 +65,6 @@ def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
     if "top5_errors" in sums:
         found["top5_error"] = 100 * float(sums["top5_errors"]) / count
     return {**found, "images": count}
-
-
-def corrupt_images(
-    config: ConfigDict, say: Callable[[str], object], names: Sequence[str] = ()
-) -> Any:
-    """`stream.Corrupt` for a streamed data set, which knows `names` already; None for others."""
-    if not sets.find(config.dataset.name).streamed:
-        return None
-    from resvariants.data.stream import Corrupt
-
-    return Corrupt(config.dataset.max_corrupt_images, say, tuple(names))
 
 
 def adopt(

@@ -23,9 +23,10 @@ from resvariants.interrupts import Interrupted, Interrupts
 from resvariants.networks.summary import count_parameters
 from resvariants.processes import agreed, from_main, is_main, on_main, spread, to_host
 from resvariants.training.checkpoint import Checkpoints
-from resvariants.training.evaluation import StoppedEarly, corrupt_images, make_evaluator
+from resvariants.training.evaluation import make_evaluator
 from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
+from resvariants.training.passes import StoppedEarly, corrupt_images
 from resvariants.training.report import Reporter
 from resvariants.training.result import (
     describe_devices,

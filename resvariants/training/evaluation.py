@@ -17,6 +17,7 @@ from resvariants.training.parallel import compiler_options
 from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.result import facts, held_out_errors
 from resvariants.training.setup import Setup, set_up
+from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.step import TrainState, eval_step
 from resvariants.training.workdir import Workdir, read_config
 
@@ -84,8 +85,10 @@ def adopt(
     if workdir.result is not None:
         raise InputError(f"{path} holds a finished run; name another workdir")
     setup = set_up(config)
-    state = setup.state_of(variables)
-    evaluate = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
+    state, corrupt = setup.state_of(variables), corrupt_images(config, print)
+    if config.exact_statistics:
+        state = with_exact_statistics(config, setup, state, corrupt)
+    evaluate = make_evaluator(setup, config.eval_batch_size, corrupt)
     values = {split: evaluate(state, split) for split in setup.splits}
     result = facts(config, state) | {
         "steps": 0,
@@ -128,16 +131,25 @@ def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Set
     return config, setup, spread(state, setup.parallel.replicated)
 
 
-def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate(
+    path: str | Path, split: str, data_dir: str | None = None, *, exact_statistics: bool = False
+) -> dict[str, Any]:
     """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
+
+    Args:
+      exact_statistics: as if the run had had the key; nothing is written.
 
     Returns:
       `step`, and what `make_evaluator` says.
 
     Raises:
-      InputError: no workdir, no checkpoint, no such split, or data that cannot be read.
+      InputError: no workdir, no checkpoint, no such split, data that cannot be read, or what
+        `with_exact_statistics` raises.
     """
     config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
-    evaluator = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
+    corrupt = corrupt_images(config, print)
+    if exact_statistics:
+        state = with_exact_statistics(config, setup, state, corrupt)
+    evaluator = make_evaluator(setup, config.eval_batch_size, corrupt)
     return {"step": int(state.step), **evaluator(state, split)}

@@ -3,6 +3,7 @@
 python experiments/evaluate.py --workdir=runs/r110 [--split=test] [--data_dir=DIR]
 python experiments/evaluate.py --workdirs runs/a runs/b runs/c
 python experiments/evaluate.py --workdir=runs/resnet50 --scales 224 256 384 480 640
+python experiments/evaluate.py --workdir=runs/r110 --exact_statistics
 """
 
 from pathlib import Path
@@ -37,10 +38,18 @@ def main() -> None:
         default=[],
         help="of whole images, streamed ones: lengths of the shorter side, averaged over",
     )
+    parser.add_argument(
+        "--exact_statistics",
+        action="store_true",
+        help="BatchNorm's are computed over the training images; nothing is written",
+    )
     args = parser.parse_args()
     paths = args.workdirs or [args.workdir]
-    found, together = evaluate_together(paths, args.split, args.data_dir, args.scales)
+    found, together = evaluate_together(
+        paths, args.split, args.data_dir, args.scales, exact_statistics=args.exact_statistics
+    )
     at = f" at scales {', '.join(map(str, args.scales))}" if args.scales else ""
+    at += " with exact statistics" if args.exact_statistics else ""
     images = f"{together['images']:,} {args.split} images{at}"
     for path, values in zip(paths, found, strict=True):
         print(f"{path} at step {values['step']}, {images}: {describe(values)}")

@@ -25,15 +25,11 @@ from resvariants.data import sets
 from resvariants.data.splits import Split
 from resvariants.errors import InputError, choose
 from resvariants.networks.summary import feature_info
-from resvariants.training.evaluation import (
-    apply_to_batches,
-    corrupt_images,
-    evaluate,
-    figures,
-    load,
-)
+from resvariants.training.evaluation import evaluate, figures, load
 from resvariants.training.parallel import compiler_options
+from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.setup import Setup
+from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.step import TrainState, evaluation_sums, predict
 
 
@@ -59,6 +55,8 @@ def evaluate_together(
     split: str,
     data_dir: str | None = None,
     scales: Sequence[int] = (),
+    *,
+    exact_statistics: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluates the newest checkpoints of workdirs, and the ensemble that they are, in one process.
 
@@ -67,7 +65,8 @@ def evaluate_together(
     both ends, by less than a twelfth of the shorter one, or to three times as much.
 
     Args:
-      split, data_dir: as of `evaluation.evaluate`.
+      split, data_dir, exact_statistics: as of `evaluation.evaluate`; the statistics are those of
+        the run's own image size.
 
     Returns:
       What `evaluation.evaluate` gives of each network, and of the ensemble (without `step`). One
@@ -79,7 +78,7 @@ def evaluate_together(
         size only, or a scale that is too small for it.
     """
     if len(paths) == 1 and not scales:
-        values = evaluate(paths[0], split, data_dir)
+        values = evaluate(paths[0], split, data_dir, exact_statistics=exact_statistics)
         return [values], values
     members = [_load(path, split, data_dir) for path in paths]
     for member in members:
@@ -94,6 +93,9 @@ def evaluate_together(
     corrupt = corrupt_images(members[0].config, print)
     found, total = [], None
     for member in members:
+        if exact_statistics:
+            exact = with_exact_statistics(member.config, member.setup, member.state, corrupt)
+            member = member._replace(state=exact)
         start = time.perf_counter()
         answers = _answers(member, split, scales, groups, corrupt)
         values = {"step": int(member.state.step), **_figures(answers, split)}

@@ -1,31 +1,25 @@
 """How is a trained network evaluated, wherever it was trained?"""
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from resvariants.data import sets
-from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError, RunError, choose
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
 from resvariants.training.parallel import compiler_options
+from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.result import facts, held_out_errors
 from resvariants.training.setup import Setup, set_up
+from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.step import TrainState, eval_step
 from resvariants.training.workdir import Workdir, read_config
-
-
-class StoppedEarly(Exception):
-    """An evaluation was asked to stop."""
 
 
 def make_evaluator(
@@ -59,38 +53,6 @@ def make_evaluator(
     return evaluate
 
 
-def apply_to_batches(
-    step: Callable[[dict[str, jax.Array]], Any],
-    setup: Setup,
-    images: Split | Stream,
-    batch_size: int,
-    corrupt: Any = None,
-    stopping: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> list[Any]:
-    """What `step` gives for each evaluation batch of `images`, in order.
-
-    `options` are those of `setup.evaluation_batches`, the rest is `make_evaluator`'s.
-    """
-    batch_size = math.ceil(batch_size / jax.device_count()) * jax.device_count()
-    results, unreadable = [], []
-    batches: Any = setup.evaluation_batches(
-        images, batch_size, sharding=setup.parallel.batch_sharding, **options
-    )
-    with closing(batches):
-        for batch, indices in batches:
-            if stopping():
-                raise StoppedEarly
-            results.append(step(batch))
-            unreadable.append(indices)
-            if len(results) > 3:  # or all batches would wait in the device's memory
-                jax.block_until_ready(results[-3])
-    if corrupt is not None:
-        for indices in (x for x in unreadable if x is not None):
-            corrupt.note(images, np.asarray(indices))
-    return results
-
-
 def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
     """Means of `evaluation_sums` over all images of `split`; errors in per cent.
 
@@ -104,17 +66,6 @@ def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
     if "top5_errors" in sums:
         found["top5_error"] = 100 * float(sums["top5_errors"]) / count
     return {**found, "images": count}
-
-
-def corrupt_images(
-    config: ConfigDict, say: Callable[[str], object], names: Sequence[str] = ()
-) -> Any:
-    """`stream.Corrupt` for a streamed data set, which knows `names` already; None for others."""
-    if not sets.find(config.dataset.name).streamed:
-        return None
-    from resvariants.data.stream import Corrupt
-
-    return Corrupt(config.dataset.max_corrupt_images, say, tuple(names))
 
 
 def adopt(
@@ -134,8 +85,10 @@ def adopt(
     if workdir.result is not None:
         raise InputError(f"{path} holds a finished run; name another workdir")
     setup = set_up(config)
-    state = setup.state_of(variables)
-    evaluate = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
+    state, corrupt = setup.state_of(variables), corrupt_images(config, print)
+    if config.exact_statistics:
+        state = with_exact_statistics(config, setup, state, corrupt)
+    evaluate = make_evaluator(setup, config.eval_batch_size, corrupt)
     values = {split: evaluate(state, split) for split in setup.splits}
     result = facts(config, state) | {
         "steps": 0,
@@ -178,16 +131,25 @@ def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Set
     return config, setup, spread(state, setup.parallel.replicated)
 
 
-def evaluate(path: str | Path, split: str, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate(
+    path: str | Path, split: str, data_dir: str | None = None, *, exact_statistics: bool = False
+) -> dict[str, Any]:
     """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
+
+    Args:
+      exact_statistics: as if the run had had the key; nothing is written.
 
     Returns:
       `step`, and what `make_evaluator` says.
 
     Raises:
-      InputError: no workdir, no checkpoint, no such split, or data that cannot be read.
+      InputError: no workdir, no checkpoint, no such split, data that cannot be read, or what
+        `with_exact_statistics` raises.
     """
     config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
-    evaluator = make_evaluator(setup, config.eval_batch_size, corrupt_images(config, print))
+    corrupt = corrupt_images(config, print)
+    if exact_statistics:
+        state = with_exact_statistics(config, setup, state, corrupt)
+    evaluator = make_evaluator(setup, config.eval_batch_size, corrupt)
     return {"step": int(state.step), **evaluator(state, split)}

@@ -282,6 +282,13 @@ KEYS = (
         "BatchNorm's statistics of the global batch, or of each device's share",
     ),
     Key(
+        "exact_statistics",
+        False,
+        FLAG,
+        "after training replace BatchNorm's running averages by the statistics of the training set",
+        since="0.2",
+    ),
+    Key(
         "compilation_cache",
         str,
         TEXT,

@@ -23,9 +23,10 @@ from resvariants.interrupts import Interrupted, Interrupts
 from resvariants.networks.summary import count_parameters
 from resvariants.processes import agreed, from_main, is_main, on_main, spread, to_host
 from resvariants.training.checkpoint import Checkpoints
-from resvariants.training.evaluation import StoppedEarly, corrupt_images, make_evaluator
+from resvariants.training.evaluation import make_evaluator
 from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
+from resvariants.training.passes import StoppedEarly, corrupt_images
 from resvariants.training.report import Reporter
 from resvariants.training.result import (
     chosen_errors,
@@ -36,6 +37,7 @@ from resvariants.training.result import (
     result_table,
 )
 from resvariants.training.setup import set_up
+from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.step import train_step
 from resvariants.training.workdir import Workdir
 
@@ -119,6 +121,9 @@ class _Run:
         self.batches, self.compiled, self.given, self.stopping = batches, compiled, given, stopping
         self.eval_every = setup.steps_in(config.eval_every_epochs)
         self.save_every = setup.steps_in(config.checkpoint_every_epochs)
+        # Who is stopped while exact statistics are computed goes on from the step before: a
+        # checkpoint of the last step has them always.
+        self.before_exact = setup.total_steps - 1 if config.exact_statistics else None
 
     def __call__(self, compile_seconds):
         config, parallel, total = self.config, self.setup.parallel, self.setup.total_steps
@@ -146,8 +151,9 @@ class _Run:
             self.log = stack.enter_context(
                 closing(Log(self.workdir, reporter, self.setup, config, start, counters))
             )
-            if self.saved is None and self.given:
-                self.save(0, state)  # the config does not know them: who goes on finds them here
+            # Given variables the config does not know: who goes on finds them here.
+            if self.saved is None and (self.given or self.before_exact == 0):
+                self.save(0, state)
             state = parallel.replicate(state)
             if start and self.due(start, self.eval_every):
                 self.evaluate_missing(start, state)
@@ -200,18 +206,29 @@ class _Run:
                 pending = (step, metrics, corrupt)
                 evaluating, saving = (
                     self.due(step, self.eval_every),
-                    self.due(step, self.save_every),
+                    self.due(step, self.save_every) or step == self.before_exact,
                 )
                 if not evaluating and not saving:
                     continue
                 self.settle(*pending)
                 log.flush(step)
                 pending = None
+                if step == total and self.config.exact_statistics:
+                    state = self.with_exact_statistics(state)
                 if evaluating:
                     self.evaluate_missing(step, state)
                 if saving:
                     self.save(step, parallel.single(state))
                 log.restart_clock()
+
+    def with_exact_statistics(self, state):
+        parallel = self.setup.parallel
+        current, asked = parallel.single(state), (self.corrupt, self.stopping)
+        try:
+            exact = with_exact_statistics(self.config, self.setup, current, *asked)
+        except StoppedEarly:
+            self.interrupt(self.saved)
+        return state.replace(batch_stats=parallel.replicate(exact.batch_stats))
 
     def due(self, step, every):
         return step == self.setup.total_steps or step % every == 0
@@ -247,6 +264,9 @@ class _Run:
     def stop(self, step, state):
         if self.saved != step:
             self.save(step, self.setup.parallel.single(state))
+        self.interrupt(step)
+
+    def interrupt(self, step):
         raise Interrupted(
             self.stopping.received or signal.SIGTERM,
             f"{self.stopping.name}: stopped at step {step} of {self.setup.total_steps} and saved"

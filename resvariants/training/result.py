@@ -20,12 +20,14 @@ def describe_devices() -> str:
 
 def facts(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     """What a result says whether the network was trained here or not."""
+    exact = {"exact_statistics": True} if config.exact_statistics else {}
     return {
         "model": config.model.name,
         "dataset": config.dataset.name,
         "num_params": count_parameters(state.params),
         "seed": config.seed,
         "devices": describe_devices(),
+        **exact,
         "versions": {
             "python": platform.python_version(),
             **{
@@ -90,6 +92,8 @@ def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "chosen_epoch" in result:
         name = f"test error at the epoch of lowest validation error ({result['chosen_epoch']:.1f})"
         table.append((name, f"{result['chosen_test_error']:.2f} %"))
+    if result.get("exact_statistics"):
+        table.append(("BatchNorm's statistics", "exact, of the training images"))
     if "origin" in result:  # not trained here
         return [*table, ("weights", result["origin"]["file"])]
     table += [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from resvariants.data import sets
@@ -176,6 +177,8 @@ def _build(config):
     )
     new_state = partial(create_state, model, optimizer, config.seed, data_set.image_shape)
     made(of_optimizer, _check_optimizer, optimizer, new_state)
+    if config.exact_statistics:
+        check_statistics(model, jax.eval_shape(new_state).batch_stats)
     return Setup(
         model,
         splits,
@@ -189,6 +192,25 @@ def _build(config):
         evaluation,
         new_state,
     )
+
+
+def batch_norms(stats: Any) -> list[tuple[str, ...]]:
+    """The paths of all layers in `batch_stats` that have a `mean` and a `var`."""
+    paths = traverse_util.flatten_dict(stats)
+    return [path[:-1] for path in paths if path[-1] == "mean" and (*path[:-1], "var") in paths]
+
+
+def check_statistics(model: nn.Module, stats: Any) -> None:
+    """Raises InputError if a network, of these `batch_stats`, can have no exact statistics."""
+    if getattr(model, "frozen_norm", False):
+        raise InputError(
+            "exact statistics would move what model.frozen_norm leaves as it is; choose one of them"
+        )
+    if not batch_norms(stats):
+        raise InputError(
+            "exact statistics are BatchNorm's, and this network has none; do without, or choose"
+            " a network with BatchNorm"
+        )
 
 
 def _check_optimizer(optimizer, new_state):

@@ -1,6 +1,7 @@
 """Stochastic depth: schedules, draws, and what a dropped block leaves alone."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,85 @@ def test_a_wrapper_outside_the_unit_interval_is_refused(probability):
         create_model("resnet8", survival_draw="image").init(
             jax.random.key(0), images(1, *TINY), train=False
         )
+
+
+class Trained(nn.Module):
+    """A branch as people write them: it wants `train`, has BatchNorm, and sows."""
+
+    features: int | None = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        y = nn.Dense(self.features or x.shape[-1], dtype=self.dtype)(x)
+        y = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(y)
+        self.sow("intermediates", "y", y)
+        self.sow("losses", "size", jnp.sum(y**2))
+        return y
+
+
+@pytest.mark.parametrize(
+    "sown", [[], ["intermediates"], ["losses"], ["intermediates", "losses"]], ids=" ".join
+)
+def test_branches_that_train_and_sow(sown):
+    model, x = StochasticDepth(Trained()), images(5, 3)
+    variables = model.init(jax.random.key(0), x, train=False)
+    variables = {kind: variables[kind] for kind in ("params", "batch_stats")}
+    wanted, alone = Trained().apply(
+        jax.tree.map(lambda leaf: leaf, {kind: variables[kind]["branch"] for kind in variables}),
+        x,
+        train=True,
+        mutable=["batch_stats", *sown],
+    )
+
+    @jax.jit
+    def run(key):
+        rngs = {"stochastic_depth": key}
+        return model.apply(variables, x, train=True, mutable=["batch_stats", *sown], rngs=rngs)
+
+    kept = set()
+    for key in jax.random.split(jax.random.key(1), 8):
+        y, updates = run(key)
+        on = bool(jnp.any(y != 0))
+        kept.add(on)
+        np.testing.assert_allclose(y, wanted if on else jnp.zeros_like(x), atol=1e-6)
+        stats = alone["batch_stats"] if on else variables["batch_stats"]["branch"]
+        check_tree(updates["batch_stats"]["branch"], stats, atol=1e-6)
+        check_tree({c: updates[c]["branch"] for c in sown}, {c: alone[c] for c in sown}, atol=1e-5)
+    assert kept == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("branch", "says"),
+    [
+        (Trained(features=4), r"makes float32 \(5, 4\) of float32 \(5, 3\)"),
+        (Trained(dtype=jnp.bfloat16), r"makes bfloat16 \(5, 3\) of float32 \(5, 3\)"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_branch_that_makes_something_else_is_refused_at_once(branch, says):
+    with pytest.raises(InputError, match=f"branch Trained {says}; to be added to its input"):
+        StochasticDepth(branch).init(jax.random.key(0), images(5, 3), train=False)
+
+
+def test_networks_with_stochastic_depth_are_captured_while_training():
+    """The same result and statistics as without; stacked blocks' outputs are in order."""
+    model = create_model("resnet20", 3, survival_probability=0.5).clone(
+        stage_sizes=(5, 2), features=(16, 32)
+    )
+    x = images(2, *TINY)
+    variables = random_variables(model, TINY)
+    rngs = {"stochastic_depth": jax.random.key(2)}
+
+    def run(**options):
+        apply = partial(model.apply, train=True, rngs=rngs, **options)
+        return jax.jit(apply)(variables, x)
+
+    y, updates = run(mutable=["batch_stats"])
+    seen, captured = run(mutable=["batch_stats", "intermediates"], capture_intermediates=True)
+    np.testing.assert_allclose(seen, y, rtol=1e-4, atol=1e-4)
+    check_tree(captured["batch_stats"], updates["batch_stats"])
+    stage = captured["intermediates"]["stage1"]
+    (outputs,), (last,) = stage["rest"]["__call__"], stage["__call__"]
+    assert outputs.shape == (4, *last.shape)
+    np.testing.assert_array_equal(outputs[-1], last)

@@ -23,7 +23,13 @@ def _root(x):
 
 
 def _sums(x):
-    return x.sum(range(x.ndim - 1), keepdims=True)
+    return x.sum(range(x.ndim - 1))
+
+
+def _wide(vector, x):
+    # Of channels, as x. (An array with axes of length 1 XLA would divide among devices as it does
+    # x, and then add up what each has of it.)
+    return lax.broadcast_in_dim(vector, x.shape, (x.ndim - 1,))
 
 
 def _shared(mean, axis_name):
@@ -32,8 +38,7 @@ def _shared(mean, axis_name):
 
 
 def _origin(x, axis_name):
-    middle = [0, *(n // 2 for n in x.shape[1:-1])]
-    origin = x[tuple(slice(i, i + 1) for i in middle)]
+    origin = x[(0, *(n // 2 for n in x.shape[1:-1]))]
     if axis_name is not None:  # that of the first device, as if they were one
         first = lax.axis_index(axis_name) == 0
         origin = lax.psum(jnp.where(first, origin, jnp.zeros_like(origin)), axis_name)
@@ -42,12 +47,12 @@ def _origin(x, axis_name):
 
 def _distances(x, origin):
     # Where there is no origin, x are distances already.
-    return x if origin is None else (x.astype(origin.dtype) - origin) / _root(x)
+    return x if origin is None else (x.astype(origin.dtype) - _wide(origin, x)) / _root(x)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _normalise(x, scale, bias, epsilon, axis_name):
-    # y, and mean and variance of the batch. They, scale and bias have as many axes as x.
+    # y, and mean and variance of the batch.
     y, statistics, _ = _normalise_forward(x, scale, bias, epsilon, axis_name)
     return y, *statistics
 
@@ -60,14 +65,15 @@ def _normalise_forward(x, scale, bias, epsilon, axis_name):
         # XLA's CPU backend has fast sums of products, but not of differences: distances are written
         # to memory once and kept in the place of x. (A division it does not do again in every loop
         # that reads its result, as it does a subtraction; a divisor that is one number is none.)
-        kept, origin = (x.astype(start.dtype) - start) / jnp.where(x == x, root, 1.0), None
+        difference = x.astype(start.dtype) - _wide(start, x)
+        kept, origin = difference / jnp.where(x == x, root, 1.0), None
     distances = _distances(kept, origin)
     mean = _shared(_sums(distances) / root, axis_name)
     var = _shared(_sums(distances * distances), axis_name) - mean * mean
     var = var + lax.stop_gradient(jnp.maximum(var, 0) - var)
     inverse = lax.rsqrt(var + epsilon)
     factor = scale * inverse
-    y = distances * (root * factor) + (bias - mean * factor)
+    y = distances * _wide(root * factor, x) + _wide(bias - mean * factor, x)
     return y.astype(dtype), (start + mean, var), (kept, origin, mean, inverse)
 
 
@@ -94,7 +100,8 @@ def _project_back(dtype, saved, gradients):
     x, origin, mean = saved
     root = _root(x)
     along = gradients[1] / root
-    dx = _distances(x, origin) * along + (gradients[0] / root**2 - mean * along / root)
+    constant = gradients[0] / root**2 - mean * along / root
+    dx = _distances(x, origin) * _wide(along, x) + _wide(constant, x)
     return dx.astype(dtype)
 
 
@@ -106,7 +113,8 @@ def _push(axis_name, saved, tangents):
     factor = scale * inverse
     slope = inverse * dscale - factor * half_dvar * inverse**2
     shift = dbias - factor * dmean - slope * mean
-    dy = dx.astype(mean.dtype) * factor + _distances(x, origin) * (slope * _root(x)) + shift
+    dy = dx.astype(mean.dtype) * _wide(factor, x) + _wide(shift, x)
+    dy += _distances(x, origin) * _wide(slope * _root(x), x)
     return dy.astype(dx.dtype)
 
 
@@ -122,7 +130,8 @@ def _pull(axis_name, saved, gradient):
     factor = scale * inverse
     slope = -factor * along
     shift = -factor * mean_grad - slope * mean
-    grad_x = grad * factor + _distances(x, origin) * (slope * root) + shift
+    grad_x = grad * _wide(factor, x) + _wide(shift, x)
+    grad_x += _distances(x, origin) * _wide(slope * root, x)
     return grad_x.astype(gradient.dtype), (sum_products - mean * sum_grad) * inverse, sum_grad
 
 
@@ -169,12 +178,12 @@ class BatchNorm(nn.Module):
         x = x.astype(self.dtype or jnp.result_type(x, scale, bias))
         wide = jnp.result_type(x, scale, bias)
         scale, bias, old_mean, old_var = (
-            vector.astype(wide).reshape(*[1] * (x.ndim - 1), -1)
-            for vector in (scale, bias, running_mean.value, running_var.value)
+            vector.astype(wide) for vector in (scale, bias, running_mean.value, running_var.value)
         )
         if self.use_running_average:
             factor = scale * lax.rsqrt(old_var + self.epsilon)
-            y = ((x.astype(wide) - old_mean) * factor + bias).astype(x.dtype)
+            centred = x.astype(wide) - _wide(old_mean, x)
+            y = (centred * _wide(factor, x) + _wide(bias, x)).astype(x.dtype)
             if self.is_mutable_collection("responses") and not self.is_initializing():
                 # For `analysis.make_layer_responses`.
                 self.sow("responses", "deviation", y.astype(jnp.float32).std())
@@ -189,7 +198,7 @@ class BatchNorm(nn.Module):
                 (running_var, old_var, var),
             ):
                 mixed = keep * old + (1 - keep) * new
-                running.value = mixed.ravel().astype(running.value.dtype)
+                running.value = mixed.astype(running.value.dtype)
         return y
 
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
+from resvariants.networks.linear import vary, varying_axes
 from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
@@ -81,7 +82,8 @@ def train_step(
 
     params, batch_stats = state.params, state.batch_stats
     if axis_name is not None:  # each device's own, or their gradients would be summed here already
-        params, batch_stats = lax.pcast((params, batch_stats), axis_name, to="varying")
+        axes = varying_axes(batch["image"])
+        params, batch_stats = jax.tree.map(lambda x: vary(x, axes), (params, batch_stats))
 
     def loss_fn(params):
         logits, updates = model.apply(

@@ -15,6 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from resvariants.networks.linear import equally_varying, linear_map
+from resvariants.platforms import platform
 
 ModuleFactory = Callable[..., Any]
 
@@ -119,7 +120,7 @@ def conv_general_dilated(
     Transposed convolutions, other layouts and other backends keep autodiff's gradients.
     """
     ours = (
-        jax.default_backend() == "cpu"
+        platform() == "cpu"
         and precision is None
         and not isinstance(padding, str)
         and set(lhs_dilation or (1,)) == {1}

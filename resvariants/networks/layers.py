@@ -12,6 +12,7 @@ from jax import lax
 from resvariants.errors import InputError, choose
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.linear import linear_map
+from resvariants.platforms import platform
 
 #: How a linear classifier's kernel may start, by name; its biases start at 0. "lecun_normal":
 #: `nn.Dense`'s default, of variance 1/n for n inputs, cut off at two deviations, as in Flax's
@@ -78,7 +79,7 @@ def _recomputed_jvp(function, args, tangents):
         def again(args, gradients):
             return jax.vjp(function, *args)[1](gradients)
 
-        if jax.default_backend() != "cpu":
+        if platform() != "cpu":
             return again(*lax.optimization_barrier((args, gradients)))
         # The predicate is always true, which the compiler does not know. As it depends on the
         # gradient, nothing can be recomputed before its time.

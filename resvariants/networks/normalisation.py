@@ -12,6 +12,7 @@ from jax import lax
 from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.linear import equally_varying, linear_map
+from resvariants.platforms import platform
 
 # The statistics are those of distances from one value of each channel, its origin: sums of squares
 # lose nothing there however far the mean is from zero, in one pass over x. Distances are counted in
@@ -61,7 +62,7 @@ def _normalise_forward(x, scale, bias, epsilon, axis_name):
     root, dtype = _root(x), x.dtype
     kept, start = x, _origin(x, axis_name).astype(scale.dtype)
     origin: jax.Array | None = start
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # XLA's CPU backend has fast sums of products, but not of differences: distances are written
         # to memory once and kept in the place of x. (A division it does not do again in every loop
         # that reads its result, as it does a subtraction; a divisor that is one number is none.)

@@ -11,6 +11,7 @@ from jax import lax
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.gates import scan_kept
+from resvariants.platforms import platform
 
 REMAT = ("auto", "none", "block", "sqrt")
 
@@ -74,7 +75,7 @@ def apply_stacked(
         and gates.dtype == jnp.bool_
         and getattr(block, "skips_to_input", False)
         and mutable in ([], ["batch_stats"])
-        and jax.default_backend() == "cpu"
+        and platform() == "cpu"
     )
     if unroll is None:
         unroll = length <= 2
@@ -138,7 +139,7 @@ class Stage(nn.Module):
         """
         remat = check_choice("remat", self.remat, REMAT)
         if remat == "auto":
-            long = self.num_blocks >= LONG_STAGE and jax.default_backend() == "cpu"
+            long = self.num_blocks >= LONG_STAGE and platform() == "cpu"
             remat = "block" if long else "none"
         if self.num_blocks < 1:
             raise InputError(f"a stage of {self.num_blocks} blocks: it needs at least one")

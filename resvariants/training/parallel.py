@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resvariants.errors import InputError, check_choice
+from resvariants.platforms import platform
 from resvariants.processes import AXIS, spread
 
 MODES = ("jit", "pmap")
@@ -41,7 +42,6 @@ class Parallel(NamedTuple):
     bn_axis_name: str | None
 
 
-@cache
 def compiler_options(*, once: bool = False) -> dict[str, Any]:
     """What `jax.jit` should compile a step with, or a program that runs `once`, such as `init`.
 
@@ -50,8 +50,11 @@ def compiler_options(*, once: bool = False) -> dict[str, Any]:
     well. (Measured in experiments/results/benchmark.md.) Nothing on other backends, and nothing if
     this version knows no such options. `pmap` takes none, so that it is slower on CPUs.
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    return _cpu_options(once) if platform() == "cpu" else {}
+
+
+@cache
+def _cpu_options(once):
     options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     if once:
         options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from resvariants import InputError, batch_norm, create_model
+from resvariants.platforms import made_for
 
 SHAPE = (16, 8, 8, 6)
 RNG = np.random.default_rng(0)
@@ -50,9 +51,10 @@ def error(found, wanted):
 
 
 @pytest.fixture(params=["cpu", "gpu"], ids=["form for CPUs", "form for others"])
-def form(request, monkeypatch):
+def form(request):
     """What is traced is what would be traced for that kind of device."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    with made_for(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("form")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from resvariants.networks.linear import equally_varying, linear_map
@@ -140,7 +141,7 @@ def conv_general_dilated(
         )
         y = jnp.moveaxis(lax.map(lambda pair: _conv(*pair, *geometry), groups), 0, -2)
         return y.reshape(*y.shape[:-2], -1)
-    return lax.conv_general_dilated(
+    y = lax.conv_general_dilated(
         lhs,
         rhs,
         window_strides,
@@ -151,6 +152,7 @@ def conv_general_dilated(
         feature_group_count,
         precision=precision,
     )
+    return checkpoint_name(y, "convolution")
 
 
 def conv(

@@ -17,6 +17,7 @@ from resvariants.errors import InputError
 from resvariants.networks.blocks import norm_and_train
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.layers import (
+    activate,
     check_dropout_rate,
     check_images,
     check_size,
@@ -77,7 +78,8 @@ class DenseLayer(nn.Module):
         }
         if not self.memory_efficient or self.is_initializing():
             norm, conv = (factory(name=name) for name, factory in factories.items())
-            return dropout(conv(nn.relu(norm(jnp.concatenate(features, axis=-1)))))
+            x = activate(jnp.concatenate(features, axis=-1), "norm relu", lambda: norm)
+            return dropout(conv(x))
 
         norm, conv = (factory(parent=None) for factory in factories.values())
         norm_variables, conv_variables = (
@@ -166,7 +168,7 @@ class TransitionLayer(nn.Module):
         check_dropout_rate(self.dropout_rate)
         norm, train = norm_and_train(self, train)
         features = int(self.compression * x.shape[-1])
-        x = self.conv(features, 1, name="conv")(nn.relu(norm(name="norm")(x)))
+        x = self.conv(features, 1, name="conv")(activate(x, "norm relu", partial(norm, name="norm")))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.avg_pool(x, (2, 2), (2, 2))
 
@@ -258,7 +260,7 @@ class DenseNet(nn.Module):
                 x = TransitionLayer(self.compression, name=f"transition{b - 1}", **parts)(x)
                 outputs[f"transition{b - 1}"] = x
             x = outputs[f"block{b}"] = block(size, name=f"block{b}")(x)
-        x = outputs["final_norm"] = nn.relu(make_norm(name="final_norm")(x))
+        x = outputs["final_norm"] = activate(x, "norm relu", partial(make_norm, name="final_norm"))
         outputs |= pool_and_classify(x, self.num_classes, self.head_init)
         return outputs if return_features else outputs["logits" if self.num_classes else "pooled"]
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from resvariants.networks.alexnet import local_response_norm
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.layers import (
+    activate,
     check_dropout_rate,
     check_images,
     check_size,
@@ -36,7 +37,7 @@ class ConvLayer(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, height, width, channels) -> the same over `strides`, with `features`."""
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
-        return nn.relu(self.norm(name="norm")(x))
+        return activate(x, "norm relu", partial(self.norm, name="norm"))
 
 
 class Inception(nn.Module):

@@ -12,6 +12,7 @@ from jax import lax
 from resvariants.errors import InputError, choose
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.linear import linear_map
+from resvariants.networks.normalisation import BatchNorm
 from resvariants.platforms import platform
 
 #: How a linear classifier's kernel may start, by name; its biases start at 0. "lecun_normal":
@@ -29,9 +30,26 @@ HEAD_INITS = {
 
 def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     """`x` after what `words` name in their order: "norm" (by `norm()`), "relu", both or nothing."""
+    if words == "norm relu" and platform() != "cpu":
+        module = norm()
+        if isinstance(module, BatchNorm) and not module.is_mutable_collection("intermediates"):
+            return module(x, relu=True)  # in one, which moves less memory
+        return rectify(module(x))
     for word in words.split():
-        x = norm()(x) if word == "norm" else nn.relu(x)
+        x = norm()(x) if word == "norm" else rectify(x)
     return x
+
+
+@jax.custom_jvp
+def rectify(x):
+    return nn.relu(x)
+
+
+@rectify.defjvp
+def _rectify_jvp(primals, tangents):
+    y = nn.relu(*primals)
+    kept = lax.optimization_barrier(y) if platform() == "gpu" else y
+    return y, jnp.where(kept > 0, tangents[0], jnp.zeros_like(tangents[0]))
 
 
 def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.Array]:
@@ -123,7 +141,62 @@ def check_dropout_rate(rate: float) -> None:
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
     """Maximum over `window` x `window` positions, padded by `padding` cells of -inf a side."""
+    if platform() == "gpu":
+        return _max_pool(x, window, strides, padding)
     return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, *geometry):
+    # Its gradient is gathered, which moves half of what autodiff's scattering does.
+    return _max_and_place(x, *geometry)[0]
+
+
+def _shifts(x, window, strides, padding, fill):
+    # What each place of the window sees.
+    sides = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
+    x = jnp.pad(x, sides, constant_values=fill)
+    rows, columns = ((n - window) // strides * strides + 1 for n in x.shape[1:3])
+    return [
+        x[:, i : i + rows : strides, j : j + columns : strides]
+        for i in range(window)
+        for j in range(window)
+    ]
+
+
+def _max_and_place(x, *geometry):
+    best, *others = _shifts(x, *geometry, -jnp.inf)
+    place = jnp.zeros(best.shape, jnp.int8)
+    for k, other in enumerate(others, 1):
+        place = jnp.where(other > best, jnp.int8(k), place)  # of equals the first
+        best = jnp.maximum(best, other)
+    return best, place
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(window, strides, padding, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y, place = _max_and_place(x, window, strides, padding)
+
+    def forward(place, dx):
+        shifts = _shifts(dx, window, strides, padding, 0)
+        return sum(jnp.where(place == k, shift, 0) for k, shift in enumerate(shifts))
+
+    def backward(place, dy):
+        def spread(k, size, at):
+            low = k - padding
+            return low, size - 1 - (low + (at - 1) * strides), strides - 1
+
+        def put_back(k):
+            part = jnp.where(place == k, dy, jnp.zeros_like(dy))
+            zero = jnp.zeros((), dy.dtype)
+            rows = spread(k // window, x.shape[1], dy.shape[1])
+            columns = spread(k % window, x.shape[2], dy.shape[2])
+            return lax.pad(part, zero, [(0, 0, 0), rows, columns, (0, 0, 0)])
+
+        return sum(map(put_back, range(1, window**2)), put_back(0))
+
+    return y, linear_map(forward, backward, place, dx)
 
 
 def halving_max_pool(x: jax.Array, window: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """What is a normalisation here?"""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
@@ -23,8 +25,27 @@ def _root(x):
     return (x.size // x.shape[-1]) ** 0.5
 
 
-def _sums(x):
-    return x.sum(range(x.ndim - 1))
+def _sums(*arrays):
+    # Of each channel. GPUs take one kernel for all, if told so, and one more for its parts' sums:
+    # in parts enough to occupy them, so that what is summed is computed on the way.
+    *outer, channels = arrays[0].shape
+    size = math.prod(outer)
+    if len(arrays) == 1 or platform() != "gpu":
+        return [x.sum(range(len(outer))) for x in arrays]
+    most = max(min(512, size // 32, max(64, 2**15 // channels)), size // 2048)
+    parts = max((n for n in range(1, most + 1) if size % n == 0), default=1)
+
+    def reduce(arrays, axis):
+        zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
+        return lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
+
+    def add(_, arrays):
+        return reduce(reduce(tuple(x.reshape(parts, -1, channels) for x in arrays), 1), 0)
+
+    def widen(_, sums):
+        return tuple(_wide(x, array) for x, array in zip(sums, arrays, strict=True))
+
+    return linear_map(add, widen, (), arrays)
 
 
 def _wide(vector, x):
@@ -46,93 +67,117 @@ def _origin(x, axis_name):
     return lax.stop_gradient(origin)
 
 
-def _distances(x, origin):
-    # Where there is no origin, x are distances already.
-    return x if origin is None else (x.astype(origin.dtype) - _wide(origin, x)) / _root(x)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _normalise(x, scale, bias, epsilon, axis_name):
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _normalise(x, scale, bias, epsilon, axis_name, relu):
     # y, and mean and variance of the batch.
-    y, statistics, _ = _normalise_forward(x, scale, bias, epsilon, axis_name)
+    y, statistics, _ = _normalise_forward(x, scale, bias, epsilon, axis_name, relu)
     return y, *statistics
 
 
-def _normalise_forward(x, scale, bias, epsilon, axis_name):
+def _normalise_forward(x, scale, bias, epsilon, axis_name, relu):
     root, dtype = _root(x), x.dtype
-    kept, start = x, _origin(x, axis_name).astype(scale.dtype)
-    origin: jax.Array | None = start
+    origin = _origin(x, axis_name).astype(scale.dtype)
+    kept = x
     if platform() == "cpu":
         # XLA's CPU backend has fast sums of products, but not of differences: distances are written
         # to memory once and kept in the place of x. (A division it does not do again in every loop
         # that reads its result, as it does a subtraction; a divisor that is one number is none.)
-        difference = x.astype(start.dtype) - _wide(start, x)
-        kept, origin = difference / jnp.where(x == x, root, 1.0), None
+        difference = x.astype(origin.dtype) - _wide(origin, x)
+        kept = difference / jnp.where(x == x, root, 1.0)
     distances = _distances(kept, origin)
-    mean = _shared(_sums(distances) / root, axis_name)
-    var = _shared(_sums(distances * distances), axis_name) - mean * mean
+    scaled = distances * (_unit(x) / root)
+    mean, square = _sums(distances, scaled * scaled)
+    mean, square = _shared((mean * (_unit(x) / root**2), square), axis_name)
+    var = square - mean * mean
     var = var + lax.stop_gradient(jnp.maximum(var, 0) - var)
     inverse = lax.rsqrt(var + epsilon)
     factor = scale * inverse
-    y = distances * _wide(root * factor, x) + _wide(bias - mean * factor, x)
-    return y.astype(dtype), (start + mean, var), (kept, origin, mean, inverse)
+    # What the backward pass needs besides x, in one array: loops save and read it in one.
+    vectors = jnp.stack([origin, factor, bias - mean * factor, mean, inverse])
+    saved = kept, checkpoint_name(vectors, "statistics")
+    y = _affine(*saved)
+    y = nn.relu(y) if relu else y
+    return y.astype(dtype), (origin + mean, var), saved
+
+
+def _distances(x, origin):
+    return x if platform() == "cpu" else x.astype(origin.dtype) - _wide(origin, x)
+
+
+def _unit(x):
+    # What they are counted in.
+    return _root(x) if platform() == "cpu" else 1.0
+
+
+def _affine(x, vectors):
+    # Before the ReLU.
+    origin, factor, shift, *_ = vectors
+    return _distances(x, origin) * _wide(_unit(x) * factor, x) + _wide(shift, x)
 
 
 @_normalise.defjvp
-def _normalise_jvp(epsilon, axis_name, primals, tangents):
-    y, statistics, saved = _normalise_forward(*primals, epsilon, axis_name)
-    push, pull = partial(_push, axis_name), partial(_pull, axis_name)
-    dy = linear_map(push, pull, *equally_varying((primals[1], *saved), tangents))
+def _normalise_jvp(epsilon, axis_name, relu, primals, tangents):
+    y, statistics, saved = _normalise_forward(*primals, epsilon, axis_name, relu)
+    push, pull = partial(_push, axis_name, relu), partial(_pull, axis_name, relu)
+    dy = linear_map(push, pull, *equally_varying(saved, tangents))
     project_back = partial(_project_back, y.dtype)
-    dmean, half_dvar = linear_map(_project, project_back, saved[:3], tangents[0])
+    dmean, half_dvar = linear_map(_project, project_back, saved, tangents[0])
     dmean, half_dvar = _shared((dmean, half_dvar), axis_name)
     return (y, *statistics), (dy, dmean, 2 * half_dvar)
 
 
 def _project(saved, dx):
     # The means of dx and of its products with x - mean: what moves mean and half the variance.
-    x, origin, mean = saved
+    x, (origin, _, _, mean, _) = saved
     wide, root = dx.astype(mean.dtype), _root(dx)
-    dmean = _sums(wide) / root**2
-    return dmean, _sums(wide * _distances(x, origin)) / root - mean * dmean
+    sum_dx, sum_products = _sums(wide, wide * _distances(x, origin))
+    dmean = sum_dx / root**2
+    return dmean, sum_products * (_unit(dx) / root**2) - mean * dmean
 
 
 def _project_back(dtype, saved, gradients):
-    x, origin, mean = saved
+    x, (origin, _, _, mean, _) = saved
     root = _root(x)
-    along = gradients[1] / root
-    constant = gradients[0] / root**2 - mean * along / root
-    dx = _distances(x, origin) * _wide(along, x) + _wide(constant, x)
+    along = gradients[1] / root**2
+    constant = gradients[0] / root**2 - mean * along
+    dx = _distances(x, origin) * _wide(_unit(x) * along, x) + _wide(constant, x)
     return dx.astype(dtype)
 
 
-def _push(axis_name, saved, tangents):
+def _push(axis_name, relu, saved, tangents):
     # The derivative of y along (dx, dscale, dbias).
-    scale, x, origin, mean, inverse = saved
+    x, (origin, factor, _, mean, inverse) = saved
     dx, dscale, dbias = tangents
-    dmean, half_dvar = _shared(_project((x, origin, mean), dx), axis_name)
-    factor = scale * inverse
+    dmean, half_dvar = _shared(_project(saved, dx), axis_name)
     slope = inverse * dscale - factor * half_dvar * inverse**2
     shift = dbias - factor * dmean - slope * mean
     dy = dx.astype(mean.dtype) * _wide(factor, x) + _wide(shift, x)
-    dy += _distances(x, origin) * _wide(slope * _root(x), x)
+    dy += _distances(x, origin) * _wide(slope * _unit(x), x)
+    if relu:
+        dy = jnp.where(_affine(*saved) > 0, dy, 0)
     return dy.astype(dx.dtype)
 
 
-def _pull(axis_name, saved, gradient):
+def _pull(axis_name, relu, saved, gradient):
     # Its transpose. Each sum taken once: a device's own, for its parameters' gradients; their mean
     # over devices, for its inputs'.
-    scale, x, origin, mean, inverse = saved
-    root, grad = _root(x), gradient.astype(mean.dtype)
-    sum_grad, sum_products = _sums(grad), _sums(grad * _distances(x, origin)) * root
+    def before_relu(x, gradient):
+        gradient = gradient.astype(vectors.dtype)
+        # (A number rather than a boolean, which XLA would write to memory for being small.)
+        return gradient * jnp.sign(nn.relu(_affine(x, vectors))) if relu else gradient
+
+    x, vectors = saved
+    origin, factor, _, mean, inverse = vectors
+    root, grad = _root(x), before_relu(x, gradient)
+    sums = _sums(grad, grad * _distances(x, origin))
+    sum_grad, sum_products = sums[0], sums[1] * _unit(x)
     mean_grad, mean_product = _shared((sum_grad / root**2, sum_products / root**2), axis_name)
-    # scale * inverse * (grad - mean_grad - along * (x - mean)), in the form that XLA fuses best.
+    # factor * (grad - mean_grad - along * (x - mean)), in the form that XLA fuses best.
     along = (mean_product - mean * mean_grad) * inverse**2
-    factor = scale * inverse
     slope = -factor * along
     shift = -factor * mean_grad - slope * mean
     grad_x = grad * _wide(factor, x) + _wide(shift, x)
-    grad_x += _distances(x, origin) * _wide(slope * root, x)
+    grad_x += _distances(x, origin) * _wide(slope * _unit(x), x)
     return grad_x.astype(gradient.dtype), (sum_products - mean * sum_grad) * inverse, sum_grad
 
 
@@ -161,8 +206,10 @@ class BatchNorm(nn.Module):
     frozen: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:
         """(batch, ..., channels) -> the same, normalised; updates `batch_stats`.
+
+        `relu`: of that, the positive part, in one.
 
         Raises:
           InputError: `x` has less than two axes.
@@ -189,9 +236,9 @@ class BatchNorm(nn.Module):
                 # For `analysis.make_layer_responses`.
                 self.sow("responses", "deviation", y.astype(jnp.float32).std())
                 self.sow("responses", "mean", y.astype(jnp.float32).mean())
-            return y
+            return nn.relu(y) if relu else y
         axis_name = None if self.is_initializing() else self.axis_name
-        y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
+        y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name, relu)
         if not self.is_initializing():
             keep = self.momentum
             for running, old, new in (

@@ -62,7 +62,7 @@ class Stem(nn.Module):
         """Images (batch, height, width, channels) -> feature maps."""
         x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
         if self.activation:
-            x = nn.relu(self.norm(name="norm")(x))
+            x = activate(x, "norm relu", partial(self.norm, name="norm"))
         return max_pool(x, 3, 2, 1) if self.pool else x
 
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from resvariants.networks.linear import equally_varying, linear_map
+from resvariants.networks.loops import CONVOLUTION
 from resvariants.platforms import platform
 
 ModuleFactory = Callable[..., Any]
@@ -152,7 +153,7 @@ def conv_general_dilated(
         feature_group_count,
         precision=precision,
     )
-    return checkpoint_name(y, "convolution")
+    return checkpoint_name(y, CONVOLUTION)
 
 
 def conv(

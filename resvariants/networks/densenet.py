@@ -168,7 +168,9 @@ class TransitionLayer(nn.Module):
         check_dropout_rate(self.dropout_rate)
         norm, train = norm_and_train(self, train)
         features = int(self.compression * x.shape[-1])
-        x = self.conv(features, 1, name="conv")(activate(x, "norm relu", partial(norm, name="norm")))
+        x = self.conv(features, 1, name="conv")(
+            activate(x, "norm relu", partial(norm, name="norm"))
+        )
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.avg_pool(x, (2, 2), (2, 2))
 

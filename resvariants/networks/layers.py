@@ -32,24 +32,34 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     """`x` after what `words` name in their order: "norm" (by `norm()`), "relu", both or nothing."""
     if words == "norm relu" and platform() != "cpu":
         module = norm()
+        # In one, unless somebody wants to see what is between them.
         if isinstance(module, BatchNorm) and not module.is_mutable_collection("intermediates"):
-            return module(x, relu=True)  # in one, which moves less memory
-        return rectify(module(x))
+            return module(x, relu=True)
+        return relu(module(x))
     for word in words.split():
-        x = norm()(x) if word == "norm" else rectify(x)
+        x = norm()(x) if word == "norm" else relu(x)
     return x
 
 
+def relu(x: jax.Array) -> jax.Array:
+    """`nn.relu`, whose backward pass on GPUs reads the result.
+
+    That is kept for the next convolution anyway; autodiff's compares the input, and XLA computes
+    that again from all that it was added up of.
+    """
+    return _relu(x) if platform() == "gpu" else nn.relu(x)
+
+
 @jax.custom_jvp
-def rectify(x):
+def _relu(x):
     return nn.relu(x)
 
 
-@rectify.defjvp
-def _rectify_jvp(primals, tangents):
-    y = nn.relu(*primals)
-    kept = lax.optimization_barrier(y) if platform() == "gpu" else y
-    return y, jnp.where(kept > 0, tangents[0], jnp.zeros_like(tangents[0]))
+@_relu.defjvp
+def _relu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = nn.relu(x)
+    return y, jnp.where(lax.optimization_barrier(y) > 0, dx, jnp.zeros_like(dx))
 
 
 def classify(x: jax.Array, num_classes: int, **dense_options) -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from resvariants.errors import InputError
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.linear import equally_varying, linear_map
+from resvariants.networks.loops import STATISTICS
 from resvariants.platforms import platform
 
 # The statistics are those of distances from one value of each channel, its origin: sums of squares
@@ -94,7 +95,7 @@ def _normalise_forward(x, scale, bias, epsilon, axis_name, relu):
     factor = scale * inverse
     # What the backward pass needs besides x, in one array: loops save and read it in one.
     vectors = jnp.stack([origin, factor, bias - mean * factor, mean, inverse])
-    saved = kept, checkpoint_name(vectors, "statistics")
+    saved = kept, checkpoint_name(vectors, STATISTICS)
     y = _affine(*saved)
     y = nn.relu(y) if relu else y
     return y.astype(dtype), (origin + mean, var), saved

@@ -1,6 +1,5 @@
 """How do the blocks of a stage become one compiled body, run over stacked parameters?"""
 
-import math
 from functools import partial
 from math import isqrt
 
@@ -12,6 +11,7 @@ from jax import lax
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.gates import scan_kept
+from resvariants.networks.loops import scan_in_groups
 from resvariants.platforms import platform
 
 REMAT = ("auto", "none", "block", "sqrt")
@@ -19,6 +19,13 @@ REMAT = ("auto", "none", "block", "sqrt")
 # From how many blocks in a stage on a CPU computes twice. Measured at 32 blocks: 1.1 of the time
 # for basic blocks, 0.8 for bottlenecks, which keep more.
 LONG_STAGE = 32
+
+# Up to how many stacked blocks there is no loop, and how many make an iteration of one, if nothing
+# else is asked for. (Measured on two CPU cores and by the compilers for an H100 and a TPU v5e:
+# experiments/results/accelerators.)
+WRITTEN_OUT = {"cpu": 2, "gpu": 36, "tpu": 36}
+
+GROUP = {"cpu": 1, "gpu": 2, "tpu": 1}
 
 
 def apply_stacked(
@@ -79,7 +86,7 @@ def apply_stacked(
         and platform() == "cpu"
     )
     if unroll is None:
-        unroll = length <= 2
+        unroll = length <= WRITTEN_OUT[platform()] or GROUP[platform()]
 
     def run(x, stack):
         variables, gates, rngs = stack
@@ -89,7 +96,7 @@ def apply_stacked(
             return x, {c: jax.tree.map(stay, tree, variables[c]) for c, tree in updates.items()}
         if platform() == "cpu":
             return lax.scan(body, x, stack, unroll=unroll)
-        return _scan_in_groups(body, x, stack, unroll)
+        return scan_in_groups(body, x, stack, length if unroll is True else max(unroll, 1))
 
     stack = (variables, gates, rngs)
     if group is None:
@@ -107,61 +114,6 @@ def apply_stacked(
         for collection, tree in updates.items():
             parent.put_variable(collection, name, tree)
     return x
-
-
-def _scan_in_groups(body, x, stack, unroll):
-    # For GPUs and TPUs: `unroll` entries an iteration, of which is kept what convolutions and sums
-    # give; the rest is done again. Vectors are packed, so that they are read and saved in one.
-    length = len(jax.tree.leaves(stack)[0])
-    group = length if unroll is True else max(1, min(int(unroll), length))
-    every = partial(lax.scan, body, unroll=True)
-    if group == length:
-        return every(x, stack)
-    whole = length // group * group
-    head, tail = (jax.tree.map(lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), stack),
-                  jax.tree.map(lambda a: a[whole:], stack))
-    (vectors, arrays), join = _pack(head)
-    shapes = jax.eval_shape(every, x, jax.tree.map(lambda a: a[0], head))[1]
-    _, join_updates = _pack(jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), shapes))
-
-    def turn(x, entry):
-        vectors, arrays = entry
-        x, updates = every(x, jax.tree.map(lambda a: a[0], join(vectors[None], [a[None] for a in arrays])))
-        (vectors, arrays), _ = _pack(jax.tree.map(lambda a: a[None], updates))
-        return x, (vectors[0], [a[0] for a in arrays])
-
-    kept = jax.checkpoint_policies.save_only_these_names("convolution", "statistics")
-    x, (vectors, arrays) = lax.scan(jax.checkpoint(turn, prevent_cse=False, policy=kept), x, (vectors, arrays))
-    updates = join_updates(vectors, arrays)
-    updates = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), updates)
-    if whole < length:
-        x, last = every(x, tail)
-        updates = jax.tree.map(lambda *parts: jnp.concatenate(parts), updates, last)
-    return x, updates
-
-
-def _pack(stack):
-    # Float vectors of the entries side by side, and the other leaves.
-    leaves, tree = jax.tree.flatten(stack)
-    small = [leaf.dtype == jnp.float32 and leaf.ndim <= 3 for leaf in leaves]
-    shapes = [leaf.shape for leaf in leaves]
-
-    def join(vectors, arrays):
-        at, rest, parts = 0, iter(arrays), []
-        for shape, packed in zip(shapes, small):
-            if packed:
-                size = math.prod(shape[1:])
-                parts.append(vectors[:, at : at + size].reshape(-1, *shape[1:]))
-                at += size
-            else:
-                parts.append(next(rest))
-        return tree.unflatten(parts)
-
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return (None, None), join
-    vectors = [x.reshape(len(x), -1) for x, packed in zip(leaves, small) if packed]
-    arrays = [x for x, packed in zip(leaves, small) if not packed]
-    return (jnp.concatenate(vectors, axis=1) if vectors else jnp.zeros((len(leaves[0]), 0)), arrays), join
 
 
 def _chosen(gates, new, old):

@@ -1,0 +1,130 @@
+"""The forms for GPUs and TPUs compute what the one for CPUs does, derivatives included.
+
+They are run here, on a CPU; `test_platforms` lowers them for the devices that they are for.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from resvariants import create_model
+from resvariants.networks.layers import max_pool, relu
+from resvariants.networks.loops import CONVOLUTION, scan_in_groups
+from resvariants.networks.resnet import ImageNetStem
+from resvariants.platforms import made_for
+
+NETWORKS = {
+    # Loops of three iterations of two blocks, and one block behind them.
+    "original": ("resnet20", {"stage_sizes": (8, 2), "features": (16, 32), "unroll": 2}),
+    "pre-activation": ("preact_resnet20", {"stage_sizes": (5, 2), "unroll": 1}),
+    "remat of blocks": ("resnet20", {"stage_sizes": (6,), "features": (16,), "remat": "block"}),
+    "remat of groups": ("resnet20", {"stage_sizes": (6,), "features": (16,), "remat": "sqrt"}),
+    "bottlenecks": ("resnet29_bottleneck", {"stage_sizes": (3, 2), "features": (16, 32)}),
+    "pooling stem": ("resnet20", {"stage_sizes": (2,), "features": (16,), "stem": ImageNetStem}),
+    "DenseNet": ("densenet22_k12", {"block_sizes": (2, 2)}),
+    "stochastic depth": (
+        "resnet20",
+        {"stage_sizes": (5, 2), "features": (16, 32), "survival_probability": 0.5, "unroll": 2},
+    ),
+}
+
+
+def gradients(net, key, images):
+    """Statistics and gradients in training, and the Hessian times a direction."""
+    variables = net.init(key, images, train=False)
+    variables = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, jnp.float64), variables
+    )
+    stats = variables.pop("batch_stats")
+
+    def loss(variables):
+        logits, updates = net.apply(
+            {**variables, "batch_stats": stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"stochastic_depth": key},
+        )
+        return jnp.sum(jax.nn.log_softmax(logits) ** 2), updates
+
+    def gradient(variables):
+        return jax.grad(loss, has_aux=True)(variables)
+
+    return jax.jvp(gradient, (variables,), (jax.tree.map(jnp.sin, variables),))
+
+
+def assert_same(first, second, tolerance):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (np.abs(b).max() + 1e-3))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_form_computes_the_same(name):
+    model, options = NETWORKS[name]
+    with jax.enable_x64(True):
+        net = create_model(model, 3).clone(**options)
+        images = jax.random.normal(jax.random.key(0), (4, 12, 12, 3), jnp.float64)
+        results = []
+        for platform in ("cpu", "gpu", "tpu"):
+            with made_for(platform):
+                results.append(jax.jit(partial(gradients, net))(jax.random.key(1), images))
+    assert_same(results[1], results[0], 1e-9)
+    assert_same(results[2], results[0], 1e-9)
+
+
+@pytest.mark.parametrize("geometry", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_gradients_of_pooling_go_to_the_first_of_equals(geometry):
+    images = jnp.round(nn.relu(jax.random.normal(jax.random.key(0), (2, 9, 10, 3))), 1)
+
+    def pooled(images):
+        y = max_pool(images, *geometry)
+        return jnp.vdot(y, jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))
+
+    found = []
+    for platform in ("cpu", "gpu"):
+        with made_for(platform):
+            found.append(
+                (
+                    jax.value_and_grad(pooled)(images),
+                    jax.jvp(pooled, (images,), (jnp.cos(images),)),
+                    jax.hessian(lambda x: pooled(x[None, :3, :3, :1]))(images[0]),
+                )
+            )
+    assert_same(found[1], found[0], 1e-6)
+
+
+def test_no_gradient_where_relu_is_zero():
+    x = jnp.asarray([-1.0, 0.0, jnp.nan, 2.0])
+    for platform in ("cpu", "gpu"):
+        with made_for(platform):
+            np.testing.assert_array_equal(relu(x), nn.relu(x))
+            np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x), [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize(("length", "group"), [(7, 1), (7, 2), (7, 3), (6, 3), (3, 5)])
+def test_groups_of_a_loop(length, group):
+    rng = np.random.default_rng(0)
+    stack = {
+        "matrix": jnp.asarray(rng.normal(size=(length, 4, 4)), jnp.float32),
+        "vector": jnp.asarray(rng.normal(size=(length, 4)), jnp.float32),
+        "number": jnp.arange(length),
+    }
+
+    def body(x, entry):
+        y = jax.ad_checkpoint.checkpoint_name(jnp.tanh(x @ entry["matrix"]), CONVOLUTION)
+        return y * entry["vector"], {"mean": y.mean(0), "number": entry["number"] * 2}
+
+    def total(scan, x, vectors):
+        x, results = scan(body, x, stack | {"vector": vectors})
+        return (x**2).sum() + results["mean"].sum(), results
+
+    x = jnp.ones((3, 4))
+    plain, grouped = (
+        jax.value_and_grad(partial(total, scan), argnums=(0, 1), has_aux=True)(x, stack["vector"])
+        for scan in (jax.lax.scan, partial(scan_in_groups, group=group))
+    )
+    assert_same(grouped, plain, 1e-5)

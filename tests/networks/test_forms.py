@@ -17,24 +17,24 @@ from resvariants.networks.loops import CONVOLUTION, scan_in_groups
 from resvariants.networks.resnet import ImageNetStem
 from resvariants.platforms import made_for
 
+NARROW = {"stage_sizes": (6,), "features": (16,)}
 NETWORKS = {
-    # Loops of three iterations of two blocks, and one block behind them.
-    "original": ("resnet20", {"stage_sizes": (8, 2), "features": (16, 32), "unroll": 2}),
-    "pre-activation": ("preact_resnet20", {"stage_sizes": (5, 2), "unroll": 1}),
-    "remat of blocks": ("resnet20", {"stage_sizes": (6,), "features": (16,), "remat": "block"}),
-    "remat of groups": ("resnet20", {"stage_sizes": (6,), "features": (16,), "remat": "sqrt"}),
-    "bottlenecks": ("resnet29_bottleneck", {"stage_sizes": (3, 2), "features": (16, 32)}),
-    "pooling stem": ("resnet20", {"stage_sizes": (2,), "features": (16,), "stem": ImageNetStem}),
+    # A loop of three groups of two blocks, and one block behind it.
+    "original": ("resnet20", {**NARROW, "stage_sizes": (8,), "unroll": 2}),
+    "stochastic depth": ("resnet20", {**NARROW, "unroll": 2, "survival_probability": 0.5}),
+    "pooling stem": ("resnet20", {**NARROW, "stage_sizes": (2,), "stem": ImageNetStem}),
     "DenseNet": ("densenet22_k12", {"block_sizes": (2, 2)}),
-    "stochastic depth": (
-        "resnet20",
-        {"stage_sizes": (5, 2), "features": (16, 32), "survival_probability": 0.5, "unroll": 2},
-    ),
+}
+MORE = {
+    "pre-activation": ("preact_resnet20", {**NARROW, "unroll": 1}),
+    "remat of blocks": ("resnet20", {**NARROW, "remat": "block", "unroll": 2}),
+    "remat of groups": ("resnet20", {**NARROW, "remat": "sqrt"}),
+    "bottlenecks": ("resnet29_bottleneck", {"stage_sizes": (3, 2), "features": (16, 32)}),
 }
 
 
-def gradients(net, key, images):
-    """Statistics and gradients in training, and the Hessian times a direction."""
+def gradients(net, second_order, key, images):
+    """Statistics and gradients in training; and the Hessian times a direction, if asked for."""
     variables = net.init(key, images, train=False)
     variables = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, jnp.float64), variables
@@ -51,9 +51,9 @@ def gradients(net, key, images):
         )
         return jnp.sum(jax.nn.log_softmax(logits) ** 2), updates
 
-    def gradient(variables):
-        return jax.grad(loss, has_aux=True)(variables)
-
+    gradient = jax.grad(loss, has_aux=True)
+    if not second_order:
+        return gradient(variables)
     return jax.jvp(gradient, (variables,), (jax.tree.map(jnp.sin, variables),))
 
 
@@ -62,18 +62,29 @@ def assert_same(first, second, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (np.abs(b).max() + 1e-3))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_form_computes_the_same(name):
-    model, options = NETWORKS[name]
+def in_every_form(name, second_order=False):
+    model, options = (NETWORKS | MORE)[name]
     with jax.enable_x64(True):
         net = create_model(model, 3).clone(**options)
-        images = jax.random.normal(jax.random.key(0), (4, 12, 12, 3), jnp.float64)
+        images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3), jnp.float64)
         results = []
         for platform in ("cpu", "gpu", "tpu"):
             with made_for(platform):
-                results.append(jax.jit(partial(gradients, net))(jax.random.key(1), images))
+                found = jax.jit(partial(gradients, net, second_order))(jax.random.key(1), images)
+                results.append(found)
     assert_same(results[1], results[0], 1e-9)
     assert_same(results[2], results[0], 1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_form_computes_the_same(name):
+    in_every_form(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NETWORKS, *MORE])
+def test_every_form_has_the_same_second_derivatives(name):
+    in_every_form(name, second_order=True)
 
 
 @pytest.mark.parametrize("geometry", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
@@ -116,7 +127,7 @@ def test_groups_of_a_loop(length, group):
 
     def body(x, entry):
         y = jax.ad_checkpoint.checkpoint_name(jnp.tanh(x @ entry["matrix"]), CONVOLUTION)
-        return y * entry["vector"], {"mean": y.mean(0), "number": entry["number"] * 2}
+        return y * entry["vector"][None], {"mean": y.mean(0), "number": entry["number"] * 2}
 
     def total(scan, x, vectors):
         x, results = scan(body, x, stack | {"vector": vectors})

@@ -24,6 +24,7 @@ from resvariants.networks import (
     TransitionLayer,
     batch_norm,
     create_model,
+    fold_batch_norm,
     list_models,
     register_model,
 )
@@ -61,8 +62,9 @@ __all__ = [
     "TransitionLayer",
     "batch_norm",
     "create_model",
-    "create_state",
     "eval_step",
+    "fold_batch_norm",
+    "create_state",
     "list_models",
     "make_optimizer",
     "make_schedule",

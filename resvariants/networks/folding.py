@@ -114,15 +114,20 @@ def _pairs(model, flat, image_shape):
     return reading.pairs()
 
 
-# What nn.Conv and nn.Dense may be given for their own, linear functions.
-_FUNCTIONS = ("conv_general_dilated", "conv_general_dilated_cls", "dot_general", "dot_general_cls")
+# What nn.Conv and nn.Dense may be given in place of their own functions.
+_FUNCTIONS = (
+    *("conv_general_dilated", "conv_general_dilated_cls", "dot_general", "dot_general_cls"),
+    "promote_dtype",
+)
 
 
 def _is_linear(module):
-    if type(module) not in (nn.Conv, nn.Dense):
-        return False
-    functions = {getattr(module, name, None) for name in _FUNCTIONS}
-    return functions <= {None, conv_general_dilated}
+    # In its kernel, for certain.
+    kind = type(module)
+    return kind in (nn.Conv, nn.Dense) and all(
+        getattr(module, name, None) in (getattr(kind, name, None), conv_general_dilated)
+        for name in _FUNCTIONS
+    )
 
 
 def _is_whole(module):

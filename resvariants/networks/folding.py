@@ -47,12 +47,12 @@ def fold_batch_norm(
     Raises:
       InputError: there is nothing to fold.
     """
-    flat = dict(traverse_util.flatten_dict(core.unfreeze(variables)))
+    flat = dict(traverse_util.flatten_dict(core.unfreeze(dict(variables))))
     pairs = _pairs(model, flat, image_shape)
     if not pairs:
         raise InputError(
-            f"{type(model).__name__} has nothing to fold: none of its BatchNorms (if it has any, not"
-            " folded yet) normalises just what one convolution gives. Evaluate it as it is"
+            f"{type(model).__name__} has nothing to fold: none of its BatchNorms (if it has any,"
+            " not folded yet) normalises just what one convolution gives. Evaluate it as it is"
         )
     return {"batch_stats": {}, **traverse_util.unflatten_dict(_folded(flat, pairs))}
 

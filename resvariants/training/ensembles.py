@@ -66,7 +66,7 @@ def evaluate_together(
     both ends, by less than a twelfth of the shorter one, or to three times as much.
 
     Args:
-      split, data_dir, exact_statistics, fold_batch_norm: as of `evaluation.evaluate`; the statistics
+      split, data_dir, exact_statistics, fold_batch_norm: as of `evaluation.evaluate`; statistics
         are those of the run's own image size.
 
     Returns:

@@ -178,7 +178,7 @@ def test_training_refuses_them(frozen):
     state = TrainState(jnp.zeros((), jnp.int32), folded["params"], folded["batch_stats"], ())
     batch = {"image": images(2, *TINY), "label": jnp.zeros(2, jnp.int32)}
     step = partial(train_step, model=net, optimizer=optax.identity(), seed=0)
-    with pytest.raises(InputError, match="folded .* for evaluation alone"):
+    with pytest.raises(InputError, match=r"folded .* for evaluation alone"):
         jax.eval_shape(step, state, batch)
 
 

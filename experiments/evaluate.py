@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--fold_batch_norm",
         action="store_true",
-        help="into the convolutions, which is faster and the same up to rounding",
+        help="into the convolutions, which is the same up to rounding, and less work for GPUs",
     )
     args = parser.parse_args()
     paths = args.workdirs or [args.workdir]

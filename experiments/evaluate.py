@@ -4,6 +4,7 @@ python experiments/evaluate.py --workdir=runs/r110 [--split=test] [--data_dir=DI
 python experiments/evaluate.py --workdirs runs/a runs/b runs/c
 python experiments/evaluate.py --workdir=runs/resnet50 --scales 224 256 384 480 640
 python experiments/evaluate.py --workdir=runs/r110 --exact_statistics
+python experiments/evaluate.py --workdir=runs/r110 --fold_batch_norm
 """
 
 from pathlib import Path
@@ -43,10 +44,20 @@ def main() -> None:
         action="store_true",
         help="BatchNorm's are computed over the training images; nothing is written",
     )
+    parser.add_argument(
+        "--fold_batch_norm",
+        action="store_true",
+        help="into the convolutions, which is the same up to rounding, and less work for GPUs",
+    )
     args = parser.parse_args()
     paths = args.workdirs or [args.workdir]
     found, together = evaluate_together(
-        paths, args.split, args.data_dir, args.scales, exact_statistics=args.exact_statistics
+        paths,
+        args.split,
+        args.data_dir,
+        args.scales,
+        exact_statistics=args.exact_statistics,
+        fold_batch_norm=args.fold_batch_norm,
     )
     at = f" at scales {', '.join(map(str, args.scales))}" if args.scales else ""
     at += " with exact statistics" if args.exact_statistics else ""

@@ -24,6 +24,7 @@ from resvariants.networks import (
     TransitionLayer,
     batch_norm,
     create_model,
+    fold_batch_norm,
     list_models,
     register_model,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "create_model",
     "create_state",
     "eval_step",
+    "fold_batch_norm",
     "list_models",
     "make_optimizer",
     "make_schedule",

@@ -12,6 +12,7 @@ from resvariants.networks.blocks import (
     ResNeXtBlock,
 )
 from resvariants.networks.densenet import DenseBlock, DenseLayer, DenseNet, TransitionLayer
+from resvariants.networks.folding import fold_batch_norm
 from resvariants.networks.gates import StochasticDepth
 from resvariants.networks.googlenet import GoogLeNet
 from resvariants.networks.highway import HighwayNet
@@ -41,6 +42,7 @@ __all__ = [
     "TransitionLayer",
     "batch_norm",
     "create_model",
+    "fold_batch_norm",
     "list_models",
     "register_model",
 ]

@@ -197,6 +197,7 @@ class BatchNorm(nn.Module):
         float32, and in float64 where the input or the parameters are.
       axis_name: of a `pmap` or `shard_map` axis over which the batch's statistics are shared.
       frozen: scale and bias get no gradient.
+      train: false promises evaluation, also where running statistics are used.
     """
 
     use_running_average: bool
@@ -205,6 +206,7 @@ class BatchNorm(nn.Module):
     dtype: Any = None
     axis_name: str | None = None
     frozen: bool = False
+    train: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:
@@ -213,10 +215,13 @@ class BatchNorm(nn.Module):
         `relu`: of that, the positive part, in one.
 
         Raises:
-          InputError: `x` has less than two axes.
+          InputError: `x` has less than two axes, or its variables are folded, in training.
         """
         if x.ndim < 2:
             raise InputError(f"BatchNorm takes (batch, ..., channels), not shape {x.shape}")
+        if self._is_folded():
+            y = self._add_bias(x)
+            return nn.relu(y) if relu else y
         vector = (x.shape[-1:], jnp.float32)
         scale = self.param("scale", nn.initializers.ones, *vector)
         bias = self.param("bias", nn.initializers.zeros, *vector)
@@ -233,10 +238,7 @@ class BatchNorm(nn.Module):
             factor = scale * lax.rsqrt(old_var + self.epsilon)
             centred = x.astype(wide) - _wide(old_mean, x)
             y = (centred * _wide(factor, x) + _wide(bias, x)).astype(x.dtype)
-            if self.is_mutable_collection("responses") and not self.is_initializing():
-                # For `analysis.make_layer_responses`.
-                self.sow("responses", "deviation", y.astype(jnp.float32).std())
-                self.sow("responses", "mean", y.astype(jnp.float32).mean())
+            self._sow_responses(y)
             return nn.relu(y) if relu else y
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name, relu)
@@ -250,6 +252,30 @@ class BatchNorm(nn.Module):
                 running.value = mixed.astype(running.value.dtype)
         return y
 
+    def _is_folded(self):
+        # See `folding.fold_batch_norm`.
+        whole = self.has_variable("params", "scale") or self.has_variable("batch_stats", "mean")
+        return self.has_variable("params", "bias") and not whole and not self.is_initializing()
+
+    def _add_bias(self, x):
+        if self.train or not self.use_running_average:
+            raise InputError(
+                "these variables are folded (`fold_batch_norm`): they are for evaluation alone,"
+                " train=False; train with those that they were made of"
+            )
+        bias: Any = self.get_variable("params", "bias")
+        x = x.astype(self.dtype or jnp.result_type(x, bias))
+        if bias.size:  # or the convolution has it
+            x = x + _wide(bias.astype(x.dtype), x)
+        self._sow_responses(x)
+        return x
+
+    def _sow_responses(self, y):
+        # For `analysis.make_layer_responses`.
+        if self.is_mutable_collection("responses") and not self.is_initializing():
+            self.sow("responses", "deviation", y.astype(jnp.float32).std())
+            self.sow("responses", "mean", y.astype(jnp.float32).mean())
+
 
 def batch_norm(train: bool, *, frozen: bool = False, **kwargs) -> ModuleFactory:
     """A factory of BatchNorm modules that use batch statistics if `train`, else the running ones.
@@ -261,7 +287,7 @@ def batch_norm(train: bool, *, frozen: bool = False, **kwargs) -> ModuleFactory:
     of a `pmap` or `shard_map`; under a sharded `jit` they are the global batch's anyway.
     """
     running = frozen or not train
-    return partial(BatchNorm, use_running_average=running, frozen=frozen, **kwargs)
+    return partial(BatchNorm, use_running_average=running, frozen=frozen, train=train, **kwargs)
 
 
 def no_norm(name: str | None = None) -> Callable[[jax.Array], jax.Array]:

@@ -25,7 +25,7 @@ from resvariants.data import sets
 from resvariants.data.splits import Split
 from resvariants.errors import InputError, choose
 from resvariants.networks.summary import feature_info
-from resvariants.training.evaluation import evaluate, figures, load
+from resvariants.training.evaluation import evaluate, figures, load, with_folded_norms
 from resvariants.training.parallel import compiler_options
 from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.setup import Setup
@@ -57,6 +57,7 @@ def evaluate_together(
     scales: Sequence[int] = (),
     *,
     exact_statistics: bool = False,
+    fold_batch_norm: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluates the newest checkpoints of workdirs, and the ensemble that they are, in one process.
 
@@ -65,8 +66,8 @@ def evaluate_together(
     both ends, by less than a twelfth of the shorter one, or to three times as much.
 
     Args:
-      split, data_dir, exact_statistics: as of `evaluation.evaluate`; the statistics are those of
-        the run's own image size.
+      split, data_dir, exact_statistics, fold_batch_norm: as of `evaluation.evaluate`; statistics
+        are those of the run's own image size.
 
     Returns:
       What `evaluation.evaluate` gives of each network, and of the ensemble (without `step`). One
@@ -78,7 +79,8 @@ def evaluate_together(
         size only, or a scale that is too small for it.
     """
     if len(paths) == 1 and not scales:
-        values = evaluate(paths[0], split, data_dir, exact_statistics=exact_statistics)
+        options = {"exact_statistics": exact_statistics, "fold_batch_norm": fold_batch_norm}
+        values = evaluate(paths[0], split, data_dir, **options)
         return [values], values
     members = [_load(path, split, data_dir) for path in paths]
     for member in members:
@@ -96,6 +98,8 @@ def evaluate_together(
         if exact_statistics:
             exact = with_exact_statistics(member.config, member.setup, member.state, corrupt)
             member = member._replace(state=exact)
+        if fold_batch_norm:
+            member = member._replace(state=with_folded_norms(member.setup, member.state))
         start = time.perf_counter()
         answers = _answers(member, split, scales, groups, corrupt)
         values = {"step": int(member.state.step), **_figures(answers, split)}

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from resvariants.errors import InputError, RunError, choose
+from resvariants.networks import folding
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
 from resvariants.training.parallel import compiler_options
@@ -131,25 +132,44 @@ def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Set
     return config, setup, spread(state, setup.parallel.replicated)
 
 
+def with_folded_norms(setup: Setup, state: TrainState) -> TrainState:
+    """`state` for evaluation, each BatchNorm folded into the convolution that it follows.
+
+    Raises:
+      InputError: there is nothing to fold.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    folded = folding.fold_batch_norm(setup.model, variables, setup.image_shape)
+    return state.replace(**spread(folded, setup.parallel.replicated))
+
+
 def evaluate(
-    path: str | Path, split: str, data_dir: str | None = None, *, exact_statistics: bool = False
+    path: str | Path,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    exact_statistics: bool = False,
+    fold_batch_norm: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the newest checkpoint of workdir `path` on "train", "validation" or "test".
 
     Args:
       exact_statistics: as if the run had had the key; nothing is written.
+      fold_batch_norm: with what `networks.folding` makes of it, which is the same up to rounding.
 
     Returns:
       `step`, and what `make_evaluator` says.
 
     Raises:
       InputError: no workdir, no checkpoint, no such split, data that cannot be read, or what
-        `with_exact_statistics` raises.
+        `with_exact_statistics` and `with_folded_norms` raise.
     """
     config, setup, state = load(path, data_dir)
     choose("split", split, setup.splits)
     corrupt = corrupt_images(config, print)
     if exact_statistics:
         state = with_exact_statistics(config, setup, state, corrupt)
+    if fold_batch_norm:
+        state = with_folded_norms(setup, state)
     evaluator = make_evaluator(setup, config.eval_batch_size, corrupt)
     return {"step": int(state.step), **evaluator(state, split)}

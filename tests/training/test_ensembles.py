@@ -4,7 +4,9 @@ import itertools
 import shutil
 from contextlib import closing
 from fractions import Fraction
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -17,6 +19,7 @@ import resvariants as rv
 from configs import default
 from resvariants import InputError
 from resvariants.data.scales import Aspect, aspect_of, whole_and_mirrored
+from resvariants.networks import folding
 from resvariants.networks.vgg import VGG
 from resvariants.processes import to_host
 from resvariants.training import loop
@@ -143,6 +146,32 @@ def test_an_ensemble_of_one_is_that_one(tmp_path):
     alone = evaluate(tmp_path / "a", "test")
     for found in (values, together):
         assert {**found, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_folded_batch_norm_gives_the_same_figures(tmp_path, monkeypatch):
+    runs = {"a": "resnet8", "b": "preact_resnet8"}
+    for name, model in runs.items():
+        make_run(tmp_path / name, config(**{"model.name": model}))
+    paths = [tmp_path / name for name in runs]
+    folded = {"fold_batch_norm": True}
+    for each in ([paths[0]], paths):
+        found, together = evaluate_together(each, "test", **folded)
+        wanted, wanted_together = evaluate_together(each, "test")
+        for one, other in zip((*found, together), (*wanted, wanted_together), strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert one["error"] == other["error"]
+    make_run(tmp_path / "none", config())
+    for each in ([tmp_path / "none"], [*paths, tmp_path / "none"]):
+        with pytest.raises(InputError, match="has nothing to fold"):
+            evaluate_together(each, "test", **folded)
+    # And it is the folded variables that are evaluated.
+    zeros = partial(jax.tree.map, np.zeros_like)
+    monkeypatch.setattr(
+        folding, "fold_batch_norm", lambda model, variables, shape: zeros(variables)
+    )
+    for each in ([paths[0]], paths):
+        found, _ = evaluate_together(each, "test", **folded)
+        assert [values["loss"] for values in found] == pytest.approx([np.log(100)] * len(each))
 
 
 # Scales

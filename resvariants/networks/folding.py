@@ -99,8 +99,9 @@ def _pairs(model, flat, image_shape):
     if "gates" in takes and hasattr(model, "num_blocks"):
         kinds = (jnp.float32, jnp.bool_)
         gates += [{"gates": jax.ShapeDtypeStruct((model.num_blocks,), kind)} for kind in kinds]
-    if getattr(model, "remat", None) == "sqrt":  # which cuts stacks of variables into groups
-        model = model.clone(remat="none")
+    # Stacks of variables that are cut into groups, or packed, could not be followed.
+    whole = {"remat": "none", "unroll": True}
+    model = model.clone(**{key: value for key, value in whole.items() if hasattr(model, key)})
 
     def outputs(flat, images, options):
         variables = traverse_util.unflatten_dict(flat)
@@ -174,14 +175,14 @@ class _Reading:
         # that are used inside, and then the input.
         module = context.module
         known = _is_linear(module) or _is_whole(module)
-        if not known or context.method_name != "__call__" or len(args) != 1 or kwargs:
+        if not known or context.method_name != "__call__" or len(args) != 1:
             return call(*args, **kwargs)
         name = f"resvariants.networks.folding {len(self.marks)}"
         kernel = module.get_variable("params", "kernel")
         self.marks[name] = module, 1 if kernel is None else kernel.ndim
 
         def marked(x):
-            return call(x)
+            return call(x, **kwargs)
 
         marked.__name__ = name
         return jax.jit(marked)(*args)

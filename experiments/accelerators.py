@@ -3,26 +3,30 @@
 python experiments/accelerators.py --config=configs/imagenet.py:resnet50 --targets h100 v5e:2x2 \
     --out=runs/accelerators [--batch_size 128 256] [--config.KEY=VALUE ...]
 python experiments/accelerators.py --config=configs/cifar10.py --models resnet20 resnet110 \
-    resnet110,model.unroll=0 --set model.dtype=bfloat16 --targets h100 --peer --out=runs/accelerators
+    resnet110,model.unroll=0 --set model.dtype=bfloat16 --targets h100 --peer --out=runs/depth
 
 The train and the evaluation step are compiled as training compiles them, by the device's own
 compiler, which needs neither device nor driver (pip install -e '.[accelerators]'). Nothing runs, so
 that nothing is timed: docs/accelerators.md says what each figure means.
 """
 
+import os
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-# Not in need of the package being installed; and JAX reads its environment when it is imported.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from targets import environment
-
-environment.prepare()
+# JAX reads these when it is imported; what is set already stays. Devices of this machine are left
+# alone. libtpu takes the rest for facts about this machine, whichever generation it compiles for.
+os.environ.update(
+    {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        **os.environ,
+    }
+)
 
 from benchmarks.stock import peer
 from common.commandline import make_parser, run
@@ -83,7 +87,7 @@ def arguments() -> Namespace:
         "--memory_fraction",
         type=float,
         default=0.75,
-        help="of a GPU's memory that programs may have, as XLA_PYTHON_CLIENT_MEM_FRACTION (0.75,"
+        help="of a GPU's memory that programs may have, as XLA_CLIENT_MEM_FRACTION (0.75,"
         " JAX's default); TPUs' programs have all",
     )
     parser.add_argument(
@@ -127,10 +131,11 @@ def planned(args: Namespace) -> Iterator[tuple[str, str, Program, list[int]]]:
         config = recipe(spec, args, 0)
         label = spec.rpartition(":")[2] if spec.partition(",")[0].count(":") else spec
         for target in targets:
+            program = build(config, target)
             sizes = args.batch_size or [config.batch_size]
             for size in sizes:
                 check_batch_size(size, target.count)
-            yield label, OURS, build(config, target), sizes
+            yield label, OURS, program, sizes
             if args.peer and (stock := stock_model(config)) is not None:
                 yield label, STOCK, build(config, target, stock), sizes
 
@@ -177,10 +182,7 @@ def largest_batch(program: Program, start: int, memory: int) -> int | None:
             fitting = size
         else:
             failing = size
-        if failing is None:
-            size = 2 * fitting
-        else:
-            size = (fitting + failing) // 2 // count * count
+        size = 2 * fitting if failing is None else (fitting + failing) // 2 // count * count
         if size < count or size > LARGEST:
             break
     return fitting or None

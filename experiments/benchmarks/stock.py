@@ -1,7 +1,7 @@
 """Stock Flax's networks for ImageNet, written out as one writes them first.
 
-Each computes in `dtype` (None: float32), keeps parameters and statistics in float32, and maps images
-(batch, height, width, 3) to float32 logits (batch, num_classes).
+Each computes in `dtype` (None: float32), keeps parameters and statistics in float32, and maps
+images (batch, height, width, 3) to float32 logits (batch, num_classes).
 """
 
 from functools import partial
@@ -82,7 +82,7 @@ class StockDenseNet(nn.Module):
 
 PEERS = {
     # Of He et al. 2015; deeper ones are not written out.
-    **{f"resnet{6 * n + 2}": partial(StockResNet, n) for n in (3, 5, 7, 9, 18)},
+    **{f"resnet{6 * n + 2}": partial(StockResNet, n) for n in (1, 2, 3, 5, 7, 9, 18)},
     "resnet50_v1_5": StockBottleneckResNet,
     "resnet101_v1_5": partial(StockBottleneckResNet, (3, 4, 23, 3)),
     "resnet152_v1_5": partial(StockBottleneckResNet, (3, 8, 36, 3)),

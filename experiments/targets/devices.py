@@ -1,8 +1,8 @@
 """Which devices can be compiled for, and how does one get at them where they are not?
 
 `h100` is one GPU, `h100:8` eight of one host; `v5e` is one chip, `v5e:4x4` all chips of that
-topology; `cpu` is this machine, `cpu:8` eight of its (virtual) devices. JAX's plugin for the kind of
-device must be installed; neither device nor driver are needed.
+topology; `cpu` is this machine, `cpu:8` eight of its (virtual) devices. JAX's plugin for the kind
+of device must be installed; neither device nor driver are needed.
 """
 
 import importlib.util

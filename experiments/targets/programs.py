@@ -24,7 +24,7 @@ from resvariants.training.step import create_state
 from targets import hlo, traffic
 from targets.devices import Target
 
-# A schedule's milestones are numbers in the program: where they lie changes nothing that is counted.
+# A schedule's milestones are numbers in the program: where they lie changes nothing that counts.
 STEPS_PER_EPOCH = 1000.0
 CROPS = 10
 

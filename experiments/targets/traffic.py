@@ -6,7 +6,7 @@ conditional all sides count, although one runs; of a loop of unknown length one 
 are reported.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 
 from targets.hlo import Array, Computation, Instruction, Module
@@ -27,7 +27,7 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "add-dependency", "opt-barrier", "optimization-barrier"),
 }
-_FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding"}
 _COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
@@ -39,6 +39,10 @@ _MOVES = {
 }
 # Within a fusion an element of their result needs one element of their operand.
 _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
+_UPDATE = "dynamic-update-slice"
+_SLICING = {"slice", "dynamic-slice", "gather"}
+# Their first half's type is that of what they make.
+_RESULT_ALONE = {"all-reduce", "reduce-scatter", "all-to-all"}
 _CALLING = {"call", "async-start", "conditional", "while"}
 
 
@@ -107,7 +111,7 @@ class _Counter:
 
     def instruction(self, computation, instruction, total):
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith(("-done", "-update")) and opcode != _UPDATE:
+        if opcode in _FREE or (opcode.endswith(("-done", "-update")) and opcode != _UPDATE):
             return
         if opcode in _CALLING and instruction.called:
             self.called(instruction, total)
@@ -186,20 +190,22 @@ class _Counter:
 
     def moved(self, computation, instruction):
         # The bytes of each operand that is read and of each result that is written.
-        given = computation.given(instruction)
-        opcode = instruction.opcode
-        if opcode == "fusion":
+        if instruction.opcode == "fusion":
             return self.fused(computation, instruction)
-        if opcode in ("slice", "dynamic-slice", "gather"):
-            return 2 * in_memory(instruction.arrays[:1])
+        given = computation.given(instruction)
+        arrays, opcode = instruction.arrays, instruction.opcode.removesuffix("-start")
+        if opcode != instruction.opcode and opcode not in _RESULT_ALONE:
+            # Gives what it takes, what it makes, and perhaps a token; a copy the other way round.
+            arrays = arrays[:1] if opcode == "copy" else arrays[len(given) : 2 * len(given)]
         if opcode == _UPDATE:
-            return 2 * in_memory(computation.named[instruction.operands[1]].arrays)
+            source, update = (computation.named[name].arrays for name in instruction.operands[:2])
+            return in_memory(update) + (in_memory(update) if in_memory(source) else [])
         read = [size for each in given for size in in_memory(each.arrays)]
-        if opcode.endswith("-start"):  # gives its operands, too
-            return 2 * read if opcode == "copy-start" else read + read
-        if is_convolution(instruction):
+        if opcode in _SLICING:
+            read = [array.bytes for array in arrays] if in_memory(given[0].arrays) else []
+        elif is_convolution(instruction) and len(read) == len(given):
             read = skipped(instruction, read)
-        return read + in_memory(instruction.arrays)
+        return read + in_memory(arrays)
 
     def fused(self, computation, instruction):
         name = instruction.called[0]
@@ -236,7 +242,7 @@ class _Counter:
             if user.opcode in _PASSING:
                 found = self.wanted(inside, user)
                 found = user.arrays[0].elements if found is None else found
-            elif user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+            elif user.opcode in _SLICING and position == 0:
                 found = user.arrays[0].elements
             elif user.opcode == _UPDATE and position == 0 and in_place(inside, user):
                 found = 0
@@ -255,9 +261,6 @@ class _Counter:
             nested = self.computations[instruction.called[0]]
             return sum(self.written(nested, each) for each in results(nested))
         return instruction.bytes
-
-
-_UPDATE = "dynamic-update-slice"
 
 
 def results(inside: Computation) -> list[Instruction]:
@@ -286,7 +289,7 @@ def skipped(instruction: Instruction, read: list[int]) -> list[int]:
     """What a convolution reads: a stride wider than its window passes over part of its input."""
     sizes = instruction.attribute(r"window=\{size=([\dx]+)")
     backward = "BackwardInput" in instruction.target
-    if sizes is None or backward or not read:
+    if sizes is None or backward:
         return read
     share = 1.0
     strides = window_of(instruction)["stride"]

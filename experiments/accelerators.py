@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from typing import Any
 
 # JAX reads these when it is imported; what is set already stays. Devices of this machine are left
-# alone. libtpu takes the rest for facts about this machine, whichever generation it compiles for.
+# alone. libtpu takes the rest for facts about this machine, whichever generation it compiles for,
+# and would let no second process in, as on a machine that has TPUs.
 os.environ.update(
     {
         "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,12 +30,12 @@ os.environ.update(
     }
 )
 
-from benchmarks.stock import peer
+from benchmarks.stock import PEERS, peer
 from common.commandline import make_parser, run
 from common.recipes import folder, recipe
 from resvariants import InputError
 from resvariants.data import sets
-from resvariants.training.keys import DTYPES
+from resvariants.training import keys
 from resvariants.training.parallel import check_batch_size
 from targets.devices import Target, facts, find
 from targets.programs import Compiled, Program, Refused, build, compile_evaluation, compile_training
@@ -127,16 +129,21 @@ def planned(args: Namespace) -> Iterator[tuple[str, str, Program, list[int]]]:
     for what, given in (("--targets", args.targets), ("--models", args.models)):
         if len(set(given)) < len(given):
             raise InputError(f"{what} {' '.join(given)}: each can be there once")
-    for spec in args.models:
+    short = [spec[spec.partition(",")[0].rfind(":") + 1 :] for spec in args.models]
+    for spec, name in zip(args.models, short, strict=True):
+        label = name if short.count(name) == 1 else spec
         config = recipe(spec, args, 0)
-        label = spec.rpartition(":")[2] if spec.partition(",")[0].count(":") else spec
+        keys.check(config)
+        stock = stock_model(config)
+        if args.peer and stock is None:
+            print(f"{label}: stock Flax's form is not written; there are {', '.join(PEERS)}")
         for target in targets:
             program = build(config, target)
             sizes = args.batch_size or [config.batch_size]
             for size in sizes:
                 check_batch_size(size, target.count)
             yield label, OURS, program, sizes
-            if args.peer and (stock := stock_model(config)) is not None:
+            if args.peer and stock is not None:
                 yield label, STOCK, build(config, target, stock), sizes
 
 
@@ -144,7 +151,7 @@ def stock_model(config: Any) -> Any:
     """Stock Flax's form of a config's network, or None."""
     dataset = config.dataset
     classes = sets.find(dataset.name, dataset.data_dir).num_classes
-    dtype = None if config.model.dtype == "float32" else DTYPES[config.model.dtype]
+    dtype = None if config.model.dtype == "float32" else keys.DTYPES[config.model.dtype]
     return peer(config.model.name, classes, dtype)
 
 
@@ -177,7 +184,7 @@ def largest_batch(program: Program, start: int, memory: int) -> int | None:
             raise found
         fits = isinstance(found, Compiled) and found.bytes <= memory
         held = f"{found.bytes / 1e9:.2f} GB, " if isinstance(found, Compiled) else ""
-        print(f"  batch {size}: {held}{'fits' if fits else 'does not fit'}", flush=True)
+        print(f"    batch {size}: {held}{'fits' if fits else 'does not fit'}", flush=True)
         if fits:
             fitting = size
         else:
@@ -196,20 +203,22 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     largest: list[dict[str, Any]] = []
     blocks: dict[str, int | None] = {}  # ours tell, stock Flax's nets do not
-    for label, form, program, sizes in plan:
+    for number, (label, form, program, sizes) in enumerate(plan, 1):
         target = program.target
+        print(f"{label}, {form}, {target.spec} ({number} of {len(plan)}):", flush=True)
         memory = usable(target, args.memory_fraction)
         jobs = [(part, size) for part in args.parts for size in sizes if part == "training"]
         if "evaluation" in args.parts:
             size = program.config.eval_batch_size
             jobs.append(("evaluation", -(-size // target.count) * target.count))
         for part, size in jobs:
+            print(f"  {part}, batch {size}: compiling", flush=True)
             found = attempt(program, part, size)
             row = {"network": label, "form": form, "part": part, "batch": size}
             row |= figures(program, found, memory)
             row["blocks"] = blocks.setdefault(label, row["blocks"])
             rows.append(row)
-            print(describe(row), flush=True)
+            print(f"  {describe(row)}", flush=True)
             if args.dump and isinstance(found, Compiled):
                 name = f"{label}-{form}-{target.spec}-{part}-{size}.txt"
                 path = args.out / "hlo" / re.sub(r"[^\w.,=+-]", "_", name)
@@ -217,11 +226,10 @@ def main() -> None:
                 path.write_text(found.text)
             write(args.out, rows, largest, quiet=True)
         if args.largest_batch:
-            print(f"{label}, {form}, {target.spec}: the largest batch", flush=True)
+            print("  the largest batch:", flush=True)
             row = {"network": label, "form": form, "target": target.spec}
             try:
-                row["batch"] = largest_batch(program, sizes[-1], memory)
-                row["says"] = "none"
+                row |= {"batch": largest_batch(program, sizes[-1], memory), "says": "none"}
             except Refused as refused:
                 row |= {"batch": None, "says": str(refused)}
             largest.append(row)

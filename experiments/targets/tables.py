@@ -107,7 +107,7 @@ def loop_name(op_name: str) -> str:
 
 def describe(row: dict[str, Any]) -> str:
     """One line of a row, while others are still to come."""
-    start = f"{row['network']}, {row['form']}, {row['target']}, {row['part']}, batch {row['batch']}"
+    start = f"{row['part']}, batch {row['batch']}"
     if not row["compiles"]:
         return f"{start}: {row['says']}"
     fits = "fits" if row["fits"] else "does not fit"
@@ -331,7 +331,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
             depths = [blocks for blocks, _ in points]
             values = [row[key] / unit / blocks for blocks, row in points]
             axis.plot(depths, values, "o-", label=name)
-        axis.set(title=title, xlabel="blocks", xscale="log", ylim=(0, None))
+        depths = sorted({blocks for points in series.values() for blocks, _ in points})
+        axis.set(title=title, xlabel="blocks", xscale="log")
+        axis.set_xticks(depths, map(str, depths))
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     figure.suptitle("A train step's, compiled and not run")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     save_figure(figure, path)

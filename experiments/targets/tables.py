@@ -13,7 +13,7 @@ from typing import Any
 from common.reports import new_figure, save_figure, table, write_report
 from targets.devices import Target
 from targets.programs import Compiled, Program, Refused
-from targets.traffic import KINDS, Loop
+from targets.traffic import KINDS, Loop, Traffic
 
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 DISCLAIMER = (
@@ -65,17 +65,20 @@ def figures(program: Program, found: Compiled | Refused, memory: int) -> dict[st
         "conditionals": counted.conditionals,
         "unknown_loops": counted.unknown_loops,
         "loops": [_loop(loop) for loop in counted.loops],
-        **bound(target, config.model.dtype, counted.flops, counted.uncached),
+        **bound(target, config.model.dtype, counted),
     }
 
 
-def bound(target: Target, dtype: str, flops: int, least_bytes: int) -> dict[str, Any]:
-    """Milliseconds that no step could beat at the device's peaks, and by which of them."""
-    if "bandwidth" not in target.facts:
+def bound(target: Target, dtype: str, counted: Traffic) -> dict[str, Any]:
+    """Milliseconds that no step could beat at the device's peaks, and by which of them.
+
+    None where more was counted than a step may need, or no peaks are known.
+    """
+    if counted.conditionals or counted.unknown_loops or "bandwidth" not in target.facts:
         return {"at_best_ms": None, "at_best_by": None}
     times = {
-        "bytes": 1e3 * least_bytes / target.facts["bandwidth"],
-        "operations": 1e3 * flops / target.facts[dtype],
+        "bytes": 1e3 * counted.uncached / target.facts["bandwidth"],
+        "operations": 1e3 * counted.flops / target.facts[dtype],
     }
     by = max(times, key=times.__getitem__)
     return {"at_best_ms": times[by], "at_best_by": by}

@@ -334,6 +334,18 @@ def test_every_device_is_described(monkeypatch):
     assert devices.find("v5e:4x4").count == 16
 
 
+def test_a_bound_is_the_larger_of_two_and_none_where_too_much_is_counted():
+    target = devices.Target("h100", "gpu", 1, devices.facts()["h100"])
+    by_bytes = traffic.Traffic(uncached=int(3.35e10), flops=10**9)
+    assert tables.bound(target, "bfloat16", by_bytes) == {"at_best_ms": 10.0, "at_best_by": "bytes"}
+    counted = traffic.Traffic(uncached=10**6, flops=int(4.947e12))
+    found = tables.bound(target, "float32", counted)
+    assert found == {"at_best_ms": 10.0, "at_best_by": "operations"}
+    assert tables.bound(target, "bfloat16", counted)["at_best_ms"] == 5.0
+    counted.conditionals = 1
+    assert tables.bound(target, "float32", counted)["at_best_ms"] is None
+
+
 def test_a_report_of_two_depths_beside_stock_flax(ask):
     printed, out = ask(
         *(NET, "--models", "resnet14", "--targets", "cpu", "--batch_size", "8", "--peer"),

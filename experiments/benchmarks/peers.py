@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +10,33 @@ from flax import linen as nn
 
 
 class StockResNet(nn.Module):
-    """ResNet in stock Flax: every block a module of its own, autodiff's own gradients."""
+    """ResNet in stock Flax: every block a module of its own, autodiff's own gradients.
+
+    `dtype` is of the computation; None: float32.
+    """
 
     blocks: int
+    num_classes: int = 10
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, *, train):
-        """Images (batch, 32, 32, 3) -> logits (batch, 10); option A as in `resnet20`."""
+        """Images (batch, 32, 32, 3) -> logits, float32; option A as in `resnet20`."""
         conv = partial(
             nn.Conv,
             kernel_size=(3, 3),
             padding=1,
             use_bias=False,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            dtype=self.dtype,
         )
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
         x = nn.relu(norm()(conv(16)(x)))
         for stage, features in enumerate((16, 32, 64)):
             for block in range(self.blocks):
@@ -33,7 +46,7 @@ class StockResNet(nn.Module):
                 zeros = features - x.shape[-1]
                 x = jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, zeros)))
                 x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)).astype(jnp.float32))
 
 
 def torch_resnet(blocks: int):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from resvariants.errors import InputError, RunError, choose
 from resvariants.networks import folding
 from resvariants.processes import spread, to_host
 from resvariants.training.checkpoint import Checkpoints
-from resvariants.training.parallel import compiler_options
+from resvariants.training.parallel import Parallel, compiler_options
 from resvariants.training.passes import apply_to_batches, corrupt_images
 from resvariants.training.result import facts, held_out_errors
 from resvariants.training.setup import Setup, set_up
@@ -36,11 +37,7 @@ def make_evaluator(
       corrupt: `stream.Corrupt`, which hears of those.
       stopping: asked at every batch; once it is true, the evaluation raises.
     """
-    step = jax.jit(
-        partial(eval_step, model=setup.model),
-        out_shardings=setup.parallel.replicated,
-        compiler_options=compiler_options(),
-    )
+    step = jitted_evaluation(setup.model, setup.parallel)
 
     def evaluate(state, split):
         start = time.perf_counter()
@@ -52,6 +49,15 @@ def make_evaluator(
         return {**figures(total, split), "seconds": time.perf_counter() - start}
 
     return evaluate
+
+
+def jitted_evaluation(model: nn.Module, parallel: Parallel) -> Any:
+    """`eval_step` of `(params, batch_stats, batch)`, jitted; batches lie as `parallel` says."""
+    return jax.jit(
+        partial(eval_step, model=model),
+        out_shardings=parallel.replicated,
+        compiler_options=compiler_options(),
+    )
 
 
 def figures(sums: dict[str, Any], split: str) -> dict[str, float]:

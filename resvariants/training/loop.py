@@ -36,9 +36,8 @@ from resvariants.training.result import (
     print_table,
     result_table,
 )
-from resvariants.training.setup import set_up
+from resvariants.training.setup import configured_step, set_up
 from resvariants.training.statistics import with_exact_statistics
-from resvariants.training.step import train_step
 from resvariants.training.workdir import Workdir
 
 
@@ -96,14 +95,7 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
 def _compile(config, setup, shapes):
     parallel = setup.parallel
-    step = partial(
-        train_step,
-        model=setup.model,
-        optimizer=setup.optimizer,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        auxiliary_weight=config.auxiliary_weight,
-    )
+    step = configured_step(config, setup.model, setup.optimizer)
     zeros = {
         "image": np.zeros((config.batch_size, *setup.image_shape), np.float32),
         "label": np.zeros(config.batch_size, np.int32),

@@ -5,7 +5,7 @@ Without, each device normalises with its own share of the batch, in both modes, 
 running statistics are averaged over devices at every step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -65,9 +65,12 @@ def _cpu_options(once):
     return options
 
 
-def check_batch_size(size: int) -> None:
-    """Raises InputError if the devices cannot share a batch of `size` images equally."""
-    count = jax.device_count()
+def check_batch_size(size: int, count: int | None = None) -> None:
+    """Raises InputError if `count` devices cannot share a batch of `size` images equally.
+
+    None: all devices of this run.
+    """
+    count = jax.device_count() if count is None else count
     if size < 1 or size % count:
         below = max(size // count, 1) * count
         raise InputError(
@@ -76,16 +79,20 @@ def check_batch_size(size: int) -> None:
         )
 
 
-def make_parallel(mode: str, sync_batch_norm: bool) -> Parallel:
+def make_parallel(
+    mode: str, sync_batch_norm: bool, devices: Sequence[jax.Device] | None = None
+) -> Parallel:
     """All devices, driven by `mode`: "jit" or "pmap".
+
+    Args:
+      devices: others, of a topology say, for which a step is compiled but not run.
 
     Raises:
       InputError: unknown mode.
     """
     check_choice("parallel", mode, MODES)
-    devices = np.array(jax.devices())
-    count = devices.size
-    mesh = Mesh(devices, (AXIS,))
+    count = jax.device_count() if devices is None else len(devices)
+    mesh = Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
     sharded = NamedSharding(mesh, PartitionSpec(AXIS))
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -105,7 +112,7 @@ def make_parallel(mode: str, sync_batch_norm: bool) -> Parallel:
         )
         return Parallel(
             compile=lambda step: jax.pmap(
-                partial(step, axis_name=AXIS), axis_name=AXIS, donate_argnums=0
+                partial(step, axis_name=AXIS), axis_name=AXIS, devices=devices, donate_argnums=0
             ),
             replicate=stack,
             single=lambda tree: jax.tree.map(lambda x: x[0], tree),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from resvariants.data import sets
 from resvariants.data.augmentation import make_augmentation, normalisation
 from resvariants.data.batches import TrainingBatches, evaluation_batches, split_validation
-from resvariants.data.splits import Split, Stream
+from resvariants.data.splits import DataSet, Split, Stream
 from resvariants.errors import InputError, UnknownName
 from resvariants.networks import zoo
 from resvariants.processes import agreed
@@ -22,7 +22,7 @@ from resvariants.registers import made, whose
 from resvariants.training import keys
 from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.parallel import Parallel, make_parallel
-from resvariants.training.step import TrainState, create_state
+from resvariants.training.step import TrainState, create_state, train_step
 
 # Options of networks that have keys of their own. Only what differs from the default is passed on:
 # not every network has every option.
@@ -98,8 +98,12 @@ def _set_up(config):
         raise whose(error, config.modules) from None
 
 
-def _make_model(config, data_set, axis_name):
-    # Raises whatever the model has against its options.
+def make_model(config: ConfigDict, data_set: DataSet, axis_name: str | None = None) -> nn.Module:
+    """The network of a config, for the images and classes of a data set.
+
+    Raises:
+      InputError: whatever the network has against its options.
+    """
     options = {}
     for option, key in OPTIONS.items():
         value = config.model[option]
@@ -129,23 +133,48 @@ def _make_model(config, data_set, axis_name):
     return model
 
 
+def make_optimization(
+    config: ConfigDict, steps_per_epoch: float
+) -> tuple[optax.Schedule, int, optax.GradientTransformation]:
+    """The schedule of a config, the number of its steps, and the optimiser that follows it.
+
+    Raises:
+      InputError: whatever they have against their options.
+    """
+    of_schedule = f"schedule {config.schedule.kind}"
+    schedule, total_steps = made(of_schedule, make_schedule, config.schedule, steps_per_epoch)
+    make = partial(make_optimizer, frozen_norm=config.model.frozen_norm, schedule=config.schedule)
+    optimizer = made(f"optimizer {config.optimizer.name}", make, config.optimizer, schedule)
+    made(of_schedule, _check_schedule, schedule)
+    return schedule, total_steps, optimizer
+
+
+def configured_step(
+    config: ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """`train_step` as a config has it: `(state, batch, *, axis_name=None) -> (state, metrics)`."""
+    return partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        auxiliary_weight=config.auxiliary_weight,
+    )
+
+
 def _build(config):
     parallel = make_parallel(config.parallel, config.sync_batch_norm)
     dataset = config.dataset
     data_set = sets.find(dataset.name, dataset.data_dir, dataset.image_size)
-    model = _make_model(config, data_set, parallel.bn_axis_name)
+    model = make_model(config, data_set, parallel.bn_axis_name)
     source = sets.load(dataset.name, dataset.data_dir, **dataset.options)
     training, validation = split_validation(source.train, dataset.validation_size)
     splits = {"train": training, "test": source.test}
     if validation is not None:
         splits["validation"] = validation
     steps_per_epoch = training.size / config.batch_size
-    of_schedule = f"schedule {config.schedule.kind}"
-    schedule, total_steps = made(of_schedule, make_schedule, config.schedule, steps_per_epoch)
-    of_optimizer = f"optimizer {config.optimizer.name}"
-    make = partial(make_optimizer, frozen_norm=config.model.frozen_norm, schedule=config.schedule)
-    optimizer = made(of_optimizer, make, config.optimizer, schedule)
-    made(of_schedule, _check_schedule, schedule)
+    schedule, total_steps, optimizer = make_optimization(config, steps_per_epoch)
     channels = data_set.image_shape[-1]
     augmentation = make_augmentation(dataset, channels)
     if augmentation.after is not None:
@@ -176,7 +205,7 @@ def _build(config):
         batches, training, config.batch_size, config.seed, mean, scale, augmentation, **layout
     )
     new_state = partial(create_state, model, optimizer, config.seed, data_set.image_shape)
-    made(of_optimizer, _check_optimizer, optimizer, new_state)
+    made(f"optimizer {config.optimizer.name}", _check_optimizer, optimizer, new_state)
     if config.exact_statistics:
         check_statistics(model, jax.eval_shape(new_state).batch_stats)
     return Setup(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from resvariants.networks.summary import count_parameters
 from resvariants.training.parallel import compiler_options
 
 sys.path.insert(0, str(ROOT / "experiments"))
-from benchmarks import peers
+from benchmarks import peers, stock
 
 # What a bare accelerator image lacks, but for what Flax itself needs.
 ABSENT = ("ml_collections", "tensorflow_datasets", "sklearn", "array_record", "matplotlib")
@@ -43,6 +44,18 @@ def test_the_peers_are_the_same_network():
     pytest.importorskip("torch")
     net = peers.torch_resnet(3)
     assert sum(p.numel() for p in net.parameters()) == count_parameters(expected)
+
+
+@pytest.mark.parametrize("name", ["resnet50_v1_5", "resnext50_32x4d", "densenet121"])
+def test_stock_flaxs_networks_are_ours(name):
+    x = jnp.zeros((1, 64, 64, 3))
+    ours, theirs = create_model(name), stock.peer(name, 1000, jnp.bfloat16)
+    params = [
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)["params"]
+        for model in (ours, theirs)
+    ]
+    assert count_parameters(params[0]) == count_parameters(params[1])
+    assert stock.peer("resnet1202", 10) is None
 
 
 @pytest.mark.parametrize("once", [False, True])

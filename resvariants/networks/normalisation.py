@@ -30,23 +30,32 @@ def _sums(*arrays):
     # Of each channel. GPUs take one kernel for all, if told so, and one more for its parts' sums:
     # in parts enough to occupy them, so that what is summed is computed on the way.
     *outer, channels = arrays[0].shape
-    size = math.prod(outer)
     if len(arrays) == 1 or platform() != "gpu":
         return [x.sum(range(len(outer))) for x in arrays]
-    most = max(min(512, size // 32, max(64, 2**15 // channels)), size // 2048)
-    parts = max((n for n in range(1, most + 1) if size % n == 0), default=1)
+    images, rows = _parts(*(*outer, 1)[:2], math.prod(outer), channels)
+    split = (outer[0] // images, images, rows, -1, channels)
 
-    def reduce(arrays, axis):
+    def reduce(arrays, axes):
         zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
-        return lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
+        return lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes)
 
     def add(_, arrays):
-        return reduce(reduce(tuple(x.reshape(parts, -1, channels) for x in arrays), 1), 0)
+        return reduce(reduce(tuple(x.reshape(split) for x in arrays), (1, 3)), (0, 1))
 
     def widen(_, sums):
         return tuple(_wide(x, array) for x, array in zip(sums, arrays, strict=True))
 
     return linear_map(add, widen, (), arrays)
+
+
+def _parts(batch, height, size, channels):
+    # Images in a part, or parts of an image's rows: a part is never of several devices' images.
+    wanted = max(min(512, size // 32, max(64, 2**15 // channels)), size // 2048)
+    images = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= max(wanted, 1))
+    rows = max(
+        n for n in range(1, height + 1) if height % n == 0 and (batch * n <= wanted or n == 1)
+    )
+    return images, rows
 
 
 def _wide(vector, x):

@@ -39,6 +39,11 @@ _MOVES = {
 }
 # Within a fusion an element of their result needs one element of their operand.
 _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
+_ELEMENTWISE = {
+    *("abs", "add", "and", "clamp", "compare", "divide", "exponential", "log", "logistic"),
+    *("maximum", "minimum", "multiply", "negate", "not", "or", "power", "rsqrt", "select"),
+    *("sign", "sqrt", "subtract", "tanh", "xor"),
+}
 _UPDATE = "dynamic-update-slice"
 _SLICING = {"slice", "dynamic-slice", "gather"}
 # Their first half's type is that of what they make.
@@ -101,7 +106,7 @@ def count(module: Module, cache: int = 0) -> Traffic:
 class _Counter:
     def __init__(self, module, cache):
         self.computations, self.cache = module.computations, cache
-        self.reads = {}
+        self.reads, self.cut = {}, {}
 
     def computation(self, name):
         total, computation = Traffic(), self.computations[name]
@@ -237,22 +242,42 @@ class _Counter:
 
     def wanted(self, inside, instruction):
         # How many elements of it are read; None for all.
-        total = 0
+        regions = self.regions(inside, instruction)
+        return None if None in regions else sum(regions.values())
+
+    def regions(self, inside, instruction):
+        # What of it is read: elements by what cuts them out; None: all of it. What is computed of
+        # all elements, but then cut, is computed there alone.
+        key = id(inside), instruction.name
+        if key not in self.cut:
+            self.cut[key] = self.regions_of(inside, instruction)
+        return self.cut[key]
+
+    def regions_of(self, inside, instruction):
+        if instruction is inside.root:
+            return {None: instruction.arrays[0].elements}
+        found = {}
         for user, position in inside.users[instruction.name]:
-            if user.opcode in _PASSING:
-                found = self.wanted(inside, user)
-                found = user.arrays[0].elements if found is None else found
-            elif user.opcode in _SLICING and position == 0:
-                found = user.arrays[0].elements
+            own = user.arrays[0].elements if user.arrays else 0
+            if user.opcode in _SLICING and position == 0:
+                inner = self.regions(inside, user)
+                cut = user.attribute(r"slice=(\{[^}]*\})") or user.name
+                if None in inner or sum(inner.values()) >= own:
+                    found[cut] = own
+                else:
+                    found |= {(cut, key): size for key, size in inner.items()}
+            elif user.opcode in _PASSING or (
+                user.opcode in _ELEMENTWISE and own == instruction.arrays[0].elements
+            ):
+                found |= self.regions(inside, user)
             elif user.opcode == _UPDATE and position == 0 and in_place(inside, user):
-                found = 0
+                pass
             elif user.opcode == "fusion":
                 size = self.read(user.called[0], position)
-                found = size * 8 // max(1, instruction.arrays[0].bits)
+                found[user.name] = size * 8 // max(1, instruction.arrays[0].bits)
             else:
-                return None
-            total += found
-        return total
+                return {None: instruction.arrays[0].elements}
+        return found
 
     def written(self, inside, instruction):
         if instruction.opcode == _UPDATE:

@@ -72,6 +72,19 @@ def test_a_fusion_reads_its_parameters_and_writes_its_results():
             "%u = f32[40,8]{1,0} bitcast(%p)\n%y = f32[8,8]{1,0} slice(%u), slice={[0:8], [0:8]}",
             512,
         ),
+        # What is computed of all and then cut is computed of the part alone, once: 256 bytes each.
+        (
+            "%e = f32[10,4,8]{2,1,0} exponential(%p)\n%n = f32[10,4,8]{2,1,0} negate(%p)\n"
+            "%m = f32[10,4,8]{2,1,0} multiply(%e, %n)\n"
+            "%y = f32[2,4,8]{2,1,0} slice(%m), slice={[0:2], [0:4], [0:8]}",
+            512,
+        ),
+        # A slice of a slice: one of its four, 128 bytes, the index, and the result.
+        (
+            "%a = f32[4,4,8]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={4,4,8}\n"
+            "%y = f32[1,4,8]{2,1,0} slice(%a), slice={[3:4], [0:4], [0:8]}",
+            260,
+        ),
         # Two slices of one parameter, 128 and 256 bytes, and a result of 128 bytes.
         (
             "%a = f32[1,4,8]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,4,8}\n"

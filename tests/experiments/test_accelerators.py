@@ -103,7 +103,7 @@ def test_a_fusion_reads_its_parameters_and_writes_its_results():
             4 + 128,
         ),
     ],
-    ids=["dynamic slice", "slice", "two slices", "whole", "update"],
+    ids=["dynamic slice", "slice", "computed", "slice of a slice", "two slices", "whole", "update"],
 )
 def test_of_what_is_sliced_slices_count(lines, bytes_):
     body = "%p = f32[10,4,8]{2,1,0} parameter(0)\n%i = s32[] parameter(1)\n%z = s32[] constant(0)"

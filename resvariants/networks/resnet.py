@@ -99,8 +99,12 @@ class ResNet(nn.Module):
         rest; "sqrt": keep only the inputs of groups of blocks (Chen et al. 2016), all in all about
         4 sqrt(n) arrays for a stage of n blocks, and recompute each block once, as "block" does.
         "auto" is "block" on CPUs in stages of `LONG_STAGE` blocks or more, otherwise "none".
+        (In loops on GPUs and TPUs, "none" keeps the blocks' inputs and what convolutions and
+        BatchNorm's sums give, and does the rest again: see `loops`.)
       unroll: blocks per iteration of the compiled loop, True for all; compile time grows with it.
-        None is one, but for stages of three blocks, where the loop costs more than it saves.
+        None: what `stage.WRITTEN_OUT` and `stage.GROUP` say. On GPUs and TPUs stages of up to 37
+        blocks are written out, since a loop copies what it saves; longer ones take the number of
+        kernels and the seconds to compile into account. On CPUs stages of three blocks are.
       output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
         as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
         every other row and column what the strides would have (blocks must know `dilation` and

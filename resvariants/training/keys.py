@@ -124,7 +124,7 @@ KEYS = (
         int,
         NATURAL,
         "blocks per iteration of the compiled loop; 0: no loop; None: no loop in stages of three"
-        " blocks",
+        " blocks on CPUs, of up to 37 on GPUs and TPUs",
     ),
     Key(
         "model.dropout_rate",
@@ -279,7 +279,9 @@ KEYS = (
         "sync_batch_norm",
         True,
         FLAG,
-        "BatchNorm's statistics of the global batch, or of each device's share",
+        "BatchNorm's statistics of the global batch, as on one device, for which the devices wait"
+        " for each other three times in every BatchNorm of a step; or of each device's share, for"
+        " which they do once a step",
     ),
     Key(
         "exact_statistics",

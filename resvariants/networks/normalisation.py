@@ -171,14 +171,11 @@ def _push(axis_name, relu, saved, tangents):
 def _pull(axis_name, relu, saved, gradient):
     # Its transpose. Each sum taken once: a device's own, for its parameters' gradients; their mean
     # over devices, for its inputs'.
-    def before_relu(x, gradient):
-        gradient = gradient.astype(vectors.dtype)
-        # (A number rather than a boolean, which XLA would write to memory for being small.)
-        return gradient * jnp.sign(nn.relu(_affine(x, vectors))) if relu else gradient
-
     x, vectors = saved
     origin, factor, _, mean, inverse = vectors
-    root, grad = _root(x), before_relu(x, gradient)
+    root, grad = _root(x), gradient.astype(mean.dtype)
+    if relu:  # by a number rather than a boolean, which XLA would write to memory for being small
+        grad *= jnp.sign(nn.relu(_affine(*saved)))
     sums = _sums(grad, grad * _distances(x, origin))
     sum_grad, sum_products = sums[0], sums[1] * _unit(x)
     mean_grad, mean_product = _shared((sum_grad / root**2, sum_products / root**2), axis_name)

@@ -8,14 +8,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
-from resvariants import create_model
+from resvariants import create_model, create_state, train_step
 from resvariants.networks.layers import max_pool, relu
 from resvariants.networks.loops import CONVOLUTION, scan_in_groups
 from resvariants.networks.resnet import ImageNetStem
 from resvariants.platforms import made_for
+from resvariants.training.parallel import make_parallel
 
 NARROW = {"stage_sizes": (6,), "features": (16,)}
 NETWORKS = {
@@ -139,3 +141,23 @@ def test_groups_of_a_loop(length, group):
         for scan in (jax.lax.scan, partial(scan_in_groups, group=group))
     )
     assert_same(grouped, plain, 1e-5)
+
+
+@pytest.mark.parametrize(("mode", "sync_batch_norm"), [("jit", False), ("pmap", True)])
+def test_devices_with_statistics_of_their_own_or_shared(mode, sync_batch_norm):
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(16, 8, 8, 3)), "label": rng.integers(0, 3, 16)}
+    batch = {"image": np.float32(batch["image"]), "label": np.int32(batch["label"])}
+    results = []
+    for platform in ("cpu", "gpu"):
+        with made_for(platform):
+            parallel = make_parallel(mode, sync_batch_norm)
+            net = create_model("resnet20", 3, axis_name=parallel.bn_axis_name, unroll=1)
+            parts = {"model": net.clone(stage_sizes=(3,), features=(16,)), "seed": 0}
+            parts["optimizer"] = optax.sgd(0.1)
+            state = jax.jit(partial(create_state, image_shape=(8, 8, 3), **parts))()
+            step = parallel.compile(partial(train_step, **parts))
+            state, _ = step(parallel.replicate(state), parallel.split(batch))
+            state = parallel.single(state)
+            results.append(jax.device_get((state.params, state.batch_stats)))
+    assert_same(results[1], results[0], 1e-5)

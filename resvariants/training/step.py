@@ -9,10 +9,8 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from resvariants.networks.linear import vary, varying_axes
-from resvariants.platforms import platform
 from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
@@ -107,11 +105,6 @@ def train_step(
         return total, (loss, logits, updates.get("batch_stats", {}))
 
     (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    if platform() == "gpu":
-        # As parameters lie: else all that is made of them is copied into their order afterwards.
-        grads = jax.tree.map(
-            lambda grad: with_layout_constraint(grad, Layout(tuple(range(grad.ndim)))), grads
-        )
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
         grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)

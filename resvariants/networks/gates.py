@@ -59,6 +59,22 @@ def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = F
     return nn.cond(gate, ran, skipped, block, x, y, after, variables=["params", "batch_stats"])
 
 
+def compute_always(block: nn.Module, gate: jax.Array, x: jax.Array) -> jax.Array:
+    """What `block(x, gate)` gives under a boolean gate, without a conditional and at full cost.
+
+    Where the gate is false, those statistics move that a skipped block's shortcut moves, too.
+    """
+    before = _statistics(block)
+    y = block(x, gate.astype(jnp.float32))
+    if block.is_mutable_collection("batch_stats"):
+        kept = _statistics(block)
+        _put_statistics(block, before)
+        block(x, False)
+        skipped = _statistics(block)
+        _put_statistics(block, jax.tree.map(partial(jnp.where, gate), kept, skipped))
+    return y
+
+
 def _captures(block):
     # Whether anything is sown, or might be.
     known = ("params", "batch_stats", "responses", "auxiliary_logits")

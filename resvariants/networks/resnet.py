@@ -254,13 +254,11 @@ class ResNet(nn.Module):
     @property
     def can_have_slots(self) -> bool:
         """Whether `slots` would change how it skips blocks in training."""
-        block = self.block(
-            self.features[0], conv=conv, norm=batch_norm(True), train=True, parent=None
-        )
+        block = partial(self.block, self.features[0], conv=conv, norm=batch_norm(True), train=True)
         return (
             self.survival_probability < 1
             and self.survival_draw in ("batch", "exact")
-            and getattr(block, "skips_to_input", False)
+            and getattr(block(parent=None), "skips_to_input", False)
         )
 
     def draw_gates(self, train: bool, batch: int = 1) -> jax.Array | None:

@@ -34,15 +34,13 @@ def take(leaf: jax.Array, order: jax.Array, places: jax.Array) -> jax.Array:
 
 @take.defjvp
 def _take_jvp(primals, tangents):
-    leaf, order, places = primals
-
     def forward(where, tangent):
         return take(tangent, *where)
 
     def backward(where, gradient):
         return put_back(where[1] < len(gradient), where[1], gradient, 0)
 
-    return take(*primals), linear_map(forward, backward, (order, places), tangents[0])
+    return take(*primals), linear_map(forward, backward, primals[1:], tangents[0])
 
 
 def put_back(chosen: jax.Array, places: jax.Array, new: jax.Array, old: Any) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
-from resvariants.networks.gates import scan_kept
+from resvariants.networks.gates import compute_always, scan_kept
 from resvariants.networks.loops import scan_in_groups
 from resvariants.networks.slots import kept_first, put_back, take
 from resvariants.platforms import platform
@@ -56,7 +56,7 @@ def apply_stacked(
         conditionals, on one core.)
       group: keep only every `group`-th block's input for the backward pass.
       slots: how many blocks to compute if `gates` are boolean, on GPUs and TPUs; the gates of no
-        more may be true. (See `slots`.)
+        more may be true. (See `networks.slots`.)
     """
     if parent.is_initializing():
         keys = jax.random.split(parent.make_rng("params"), length)
@@ -141,26 +141,6 @@ def _skips(parent, block, gates):
     )
 
 
-def _always_computed(block, gate, x):
-    # What a block gives under a boolean gate, without a conditional. Where it is false, those
-    # statistics move that also a skipped block's shortcut has.
-    def run(gate):
-        y = block(x, gate)
-        return y, jax.tree.map(lambda leaf: leaf, dict(block.variables.get("batch_stats", {})))
-
-    def put(stats):
-        for name, tree in stats.items():
-            block.put_variable("batch_stats", name, tree)
-
-    before = jax.tree.map(lambda leaf: leaf, dict(block.variables.get("batch_stats", {})))
-    y, kept = run(gate.astype(jnp.float32))
-    if block.is_mutable_collection("batch_stats"):
-        put(before)
-        skipped = run(False)[1]
-        put(jax.tree.map(partial(jnp.where, gate), kept, skipped))
-    return y
-
-
 def _chosen(gates, new, old):
     return jnp.where(gates.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
@@ -212,7 +192,7 @@ class Stage(nn.Module):
         if self.slots is None or platform() == "cpu" or not _skips(self, rest, gates):
             x = first()(x, gate)
         else:
-            x = _always_computed(first(), gate, x)
+            x = compute_always(first(), gate, x)
         length = self.num_blocks - 1
         if length == 0:
             return x

@@ -42,7 +42,9 @@ def slots_of_steps(model: Any, seed: int) -> Callable[[int], tuple[int, ...] | N
         gates = np.asarray(draw(steps)).T
         return np.stack([stage[1:].sum(0) for stage in gates_by_stage(gates, model.stage_sizes)], 1)
 
-    programs = choose_slots(np.concatenate([kept(i) for i in range(SAMPLE // STEPS)]), sizes)
+    programs = choose_slots(
+        np.concatenate([kept(i) for i in range(SAMPLE // STEPS)]), sizes, PROGRAMS
+    )
 
     def slots(step):
         count = kept(step // STEPS)[step % STEPS]
@@ -58,7 +60,7 @@ def draw_of_step(model: Any, seed: int, step: Any) -> jax.Array:
     return model.apply({}, train=True, method="draw_gates", rngs=rngs)
 
 
-def choose_slots(kept: np.ndarray, sizes: list[int], programs: int = PROGRAMS) -> np.ndarray:
+def choose_slots(kept: np.ndarray, sizes: list[int], programs: int) -> np.ndarray:
     """At most so many tuples of slots, (programs, stages), that together compute few blocks.
 
     Greedily: first room for everything, then always the tuple that spares most.

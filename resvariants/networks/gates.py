@@ -17,6 +17,7 @@ from jax import lax
 
 from resvariants.errors import InputError, choose
 from resvariants.networks.linear import linear_map, vary, varying_axes
+from resvariants.platforms import platform
 
 
 def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
@@ -219,7 +220,13 @@ def survival_probabilities(schedule: str, num_blocks: int, final: float) -> jax.
       InputError: unknown schedule, or `final` outside (0, 1].
     """
     check_survival(final)
-    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_blocks, final)
+    probabilities = choose("survival schedule", schedule, SURVIVAL_SCHEDULES)
+    if platform() == "cpu":
+        return probabilities(num_blocks, final)
+    # A constant: compiled, it could be rounded otherwise in every program, and `training.draws`
+    # counts on equal draws.
+    with jax.ensure_compile_time_eval():
+        return probabilities(num_blocks, final)
 
 
 def check_survival(probability: float) -> None:

@@ -166,10 +166,12 @@ class ResNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: gates of another shape, unknown `remat` or `head_init`, survival probability
-            outside (0, 1].
+          InputError: gates or `slots` of another shape, unknown `remat` or `head_init`, survival
+            probability outside (0, 1].
         """
         check_images(images)
+        if self.slots and (len(self.slots) != len(self.stage_sizes) or min(self.slots) < 1):
+            raise InputError(f"slots {self.slots}: one number, at least 1, for each stage")
         if gates is None:
             gates = self.draw_gates(train, len(images))
         else:
@@ -274,10 +276,9 @@ class ResNet(nn.Module):
             return scales
         if self.survival_draw == "exact":
             return draw_exactly(self.make_rng("stochastic_depth"), self.num_blocks, self._kept())
-        with jax.ensure_compile_time_eval():  # a constant: the same draws in every program
-            survival = survival_probabilities(
-                self.survival_schedule, self.num_blocks, self.survival_probability
-            )
+        survival = survival_probabilities(
+            self.survival_schedule, self.num_blocks, self.survival_probability
+        )
         if self.survival_draw == "example":
             return draw_for_examples(self.make_rng("dropout"), survival, batch)
         return jax.random.bernoulli(self.make_rng("stochastic_depth"), survival)

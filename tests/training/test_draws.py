@@ -179,6 +179,14 @@ def test_a_run_in_slots_resumes_to_the_same_bits(tmp_path, monkeypatch, register
     assert without_speed(tmp_path / "run") == without_speed(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("slots", [(3,), (3, 0)])
+def test_slots_are_one_number_for_each_stage(slots):
+    with pytest.raises(InputError, match="one number, at least 1, for each stage"):
+        NETWORKS["original"].clone(slots=slots).init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False
+        )
+
+
 def test_configs_leave_slots_to_the_run(tmp_path):
     settings = config(**{"model.options": {"slots": [1, 1, 1]}})
     with pytest.raises(InputError, match=r"model\.options\.slots: that is said elsewhere"):

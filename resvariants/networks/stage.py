@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def apply_stacked(
 
     skips = _skips(parent, block, gates)
     on_cpu = platform() == "cpu"
-    in_slots = skips and slots is not None and not on_cpu
+    in_slots = slots is not None and skips and not on_cpu
 
     def body(x, block_slice):
         variables, gate, rngs = block_slice
@@ -88,14 +89,15 @@ def apply_stacked(
     def kept(x, variables, rngs):
         return block.apply(variables, x, rngs=rngs, **options)
 
-    stack = (variables, gates, rngs)
-    if in_slots:
+    stack: Any = (variables, gates, rngs)
+    booleans: Any = gates
+    if slots is not None and in_slots:
         length = min(slots, length)
-        order, places = kept_first(gates)
+        order, places = kept_first(booleans)
         order = order[:length]
         stack = (
             jax.tree.map(partial(take, order=order, places=places), variables),
-            gates[order].astype(jnp.float32),
+            booleans[order].astype(jnp.float32),
             jax.tree.map(lambda keys: keys[order], rngs),
         )
     if unroll is None:
@@ -123,7 +125,7 @@ def apply_stacked(
             lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), grouped, last
         )
     if in_slots:
-        back = partial(put_back, gates, places)
+        back = partial(put_back, booleans, places)
         updates = {c: jax.tree.map(back, tree, variables[c]) for c, tree in updates.items()}
     if not parent.is_initializing():
         for collection, tree in updates.items():
@@ -188,7 +190,7 @@ class Stage(nn.Module):
             first = partial(first, dilation=self.dilation, dilate=True)
             block = partial(block, dilation=self.dilation * self.strides)
         rest = block(remat=remat == "block", parent=None)
-        gate = None if gates is None else gates[0]
+        gate: Any = None if gates is None else gates[0]
         if self.slots is None or platform() == "cpu" or not _skips(self, rest, gates):
             x = first()(x, gate)
         else:

@@ -15,10 +15,9 @@ from resvariants.networks.gates import gates_by_stage
 from resvariants.platforms import platform
 from resvariants.training.step import draw_key
 
-# How many steps are drawn at a time, how many the programs are chosen by, and how many programs
-# there are at most. (For ResNet-110 a step of 16 computes 0.80 of all blocks, where 0.75 are kept:
-# experiments/README.md.)
-STEPS, SAMPLE, PROGRAMS = 256, 1024, 16
+# How many steps are drawn at a time, how many of the first ones the programs are chosen by, and how
+# many programs there are at most. Each costs a compilation. (What they save: docs/long_runs.md.)
+STEPS, SAMPLE, PROGRAMS = 256, 1024, 8
 
 
 def slots_of_steps(model: Any, seed: int) -> Callable[[int], tuple[int, ...] | None]:

@@ -30,6 +30,17 @@ NETWORKS = {
         "resnet20",
         {"stage_sizes": (5, 2), "features": (16, 32), "survival_probability": 0.5, "unroll": 2},
     ),
+    # The draw keeps two of the four blocks behind the first one, and no other.
+    "slots": (
+        "preact_resnet20",
+        {
+            "stage_sizes": (5,),
+            "features": (16,),
+            "survival_probability": 0.5,
+            "unroll": 2,
+            "slots": (3,),
+        },
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from resvariants.errors import InputError, choose
 from resvariants.networks.linear import linear_map, vary, varying_axes
+from resvariants.platforms import platform
 
 
 def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = False) -> jax.Array:
@@ -57,6 +58,22 @@ def apply_gate(block: nn.Module, on, off, gate, x: jax.Array, *, remat: bool = F
         return off(block, x)
 
     return nn.cond(gate, ran, skipped, block, x, y, after, variables=["params", "batch_stats"])
+
+
+def compute_always(block: nn.Module, gate: jax.Array, x: jax.Array) -> jax.Array:
+    """What `block(x, gate)` gives under a boolean gate, without a conditional and at full cost.
+
+    Where the gate is false, those statistics move that a skipped block's shortcut moves, too.
+    """
+    before = _statistics(block)
+    y = block(x, gate.astype(jnp.float32))
+    if block.is_mutable_collection("batch_stats"):
+        kept = _statistics(block)
+        _put_statistics(block, before)
+        block(x, False)
+        skipped = _statistics(block)
+        _put_statistics(block, jax.tree.map(partial(jnp.where, gate), kept, skipped))
+    return y
 
 
 def _captures(block):
@@ -203,7 +220,13 @@ def survival_probabilities(schedule: str, num_blocks: int, final: float) -> jax.
       InputError: unknown schedule, or `final` outside (0, 1].
     """
     check_survival(final)
-    return choose("survival schedule", schedule, SURVIVAL_SCHEDULES)(num_blocks, final)
+    probabilities = choose("survival schedule", schedule, SURVIVAL_SCHEDULES)
+    if platform() == "cpu":
+        return probabilities(num_blocks, final)
+    # A constant: compiled, it could be rounded otherwise in every program, and `training.draws`
+    # counts on equal draws.
+    with jax.ensure_compile_time_eval():
+        return probabilities(num_blocks, final)
 
 
 def check_survival(probability: float) -> None:

@@ -95,6 +95,11 @@ class ResNet(nn.Module):
       survival_draw: "batch": one draw for all examples, as in the paper; "exact": one that keeps
         the same number of blocks always (`gates.draw_exactly`; uniform schedule only); "example":
         another convention (`gates.draw_for_examples`), drawn from the rng stream `dropout`.
+      slots: for steps on GPUs and TPUs that skip blocks without asking the device which: how many
+        of each stage's blocks after the first are computed. Boolean gates choose which, and those
+        of no more may be true: whoever sets it knows the draw (see `training.draws`), for a block
+        without a slot would be left out. None: conditionals, as on CPUs nothing changes. (Blocks
+        that have something of their own to do when they are skipped keep conditionals.)
       remat: "none"; "block": keep only the blocks' inputs for the backward pass and recompute the
         rest; "sqrt": keep only the inputs of groups of blocks (Chen et al. 2016), all in all about
         4 sqrt(n) arrays for a stage of n blocks, and recompute each block once, as "block" does.
@@ -136,6 +141,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     shares_stem_activation: bool = True
     head_init: str = "lecun_normal"
+    slots: tuple[int, ...] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -164,12 +170,14 @@ class ResNet(nn.Module):
           Logits (batch, num_classes), at least float32; pooled features if `num_classes` is 0.
 
         Raises:
-          InputError: gates of another shape, unknown `remat` or `head_init`, survival probability
-            outside (0, 1].
+          InputError: gates or `slots` of another shape, unknown `remat` or `head_init`, survival
+            probability outside (0, 1].
         """
         check_images(images)
+        if self.slots and (len(self.slots) != len(self.stage_sizes) or min(self.slots) < 1):
+            raise InputError(f"slots {self.slots}: one number, at least 1, for each stage")
         if gates is None:
-            gates = self._stochastic_depth_gates(train, len(images))
+            gates = self.draw_gates(train, len(images))
         else:
             gates = check_gates(gates, self.num_blocks)
         make_conv = partial(conv, dtype=self.dtype)
@@ -185,9 +193,10 @@ class ResNet(nn.Module):
             self.features,
             self._geometry(stride_between(images, x)),
             gates_by_stage(gates, self.stage_sizes),
+            self.slots or [None] * len(self.stage_sizes),
             strict=True,
         )
-        for i, (size, features, (strides, dilation), stage_gates) in enumerate(stages):
+        for i, (size, features, (strides, dilation), stage_gates, slots) in enumerate(stages):
             stage = Stage(
                 block,
                 size,
@@ -198,6 +207,7 @@ class ResNet(nn.Module):
                 activated=i == 0 and bool(self.final_activation) and self.shares_stem_activation,
                 remat=self.remat,
                 unroll=self.unroll,
+                slots=slots,
                 name=f"stage{i + 1}",
             )
             x = outputs[f"stage{i + 1}"] = stage(x, stage_gates)
@@ -247,7 +257,22 @@ class ResNet(nn.Module):
             )
         return kept
 
-    def _stochastic_depth_gates(self, train, batch):
+    @property
+    def can_have_slots(self) -> bool:
+        """Whether `slots` would change how it skips blocks in training."""
+        block = partial(self.block, self.features[0], conv=conv, norm=batch_norm(True), train=True)
+        return (
+            self.survival_probability < 1
+            and self.survival_draw in ("batch", "exact")
+            and getattr(block(parent=None), "skips_to_input", False)
+        )
+
+    def draw_gates(self, train: bool, batch: int = 1) -> jax.Array | None:
+        """The gates of a call that is given none, (num_blocks,), for a batch of that size.
+
+        In training, a draw of stochastic depth from the call's rng streams; in evaluation,
+        `residual_scales`.
+        """
         scales = self.residual_scales()
         if self.survival_probability == 1 or self.is_initializing():
             return None

@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from jax import lax
 
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
-from resvariants.networks.gates import scan_kept
+from resvariants.networks.gates import compute_always, scan_kept
 from resvariants.networks.loops import scan_in_groups
+from resvariants.networks.slots import kept_first, put_back, take
 from resvariants.platforms import platform
 
 REMAT = ("auto", "none", "block", "sqrt")
@@ -38,6 +40,7 @@ def apply_stacked(
     *,
     unroll: int | bool | None = None,
     group: int | None = None,
+    slots: int | None = None,
 ) -> jax.Array:
     """`length` blocks in sequence, compiled once: a scan over variables stacked under `name`.
 
@@ -53,6 +56,8 @@ def apply_stacked(
         gates, blocks that can be skipped for nothing have a loop always on CPUs; others run in
         conditionals, on one core.)
       group: keep only every `group`-th block's input for the backward pass.
+      slots: how many blocks to compute if `gates` are boolean, on GPUs and TPUs; the gates of no
+        more may be true. (See `networks.slots`.)
     """
     if parent.is_initializing():
         keys = jax.random.split(parent.make_rng("params"), length)
@@ -71,34 +76,43 @@ def apply_stacked(
     if parent.has_rng("dropout"):
         rngs["dropout"] = jax.random.split(parent.make_rng("dropout"), length)
 
+    skips = _skips(parent, block, gates)
+    on_cpu = platform() == "cpu"
+    in_slots = slots is not None and skips and not on_cpu
+
     def body(x, block_slice):
         variables, gate, rngs = block_slice
+        if in_slots:  # else its gradient would be computed
+            gate = lax.stop_gradient(gate)
         return block.apply(variables, x, gate, rngs=rngs, **options)
 
     def kept(x, variables, rngs):
         return block.apply(variables, x, rngs=rngs, **options)
 
-    skips = (
-        gates is not None
-        and gates.dtype == jnp.bool_
-        and getattr(block, "skips_to_input", False)
-        and mutable in ([], ["batch_stats"])
-        and platform() == "cpu"
-    )
+    stack: Any = (variables, gates, rngs)
+    booleans: Any = gates
+    if slots is not None and in_slots:
+        length = min(slots, length)
+        order, places = kept_first(booleans)
+        order = order[:length]
+        stack = (
+            jax.tree.map(partial(take, order=order, places=places), variables),
+            booleans[order].astype(jnp.float32),
+            jax.tree.map(lambda keys: keys[order], rngs),
+        )
     if unroll is None:
         unroll = length <= WRITTEN_OUT[platform()] or GROUP[platform()]
 
     def run(x, stack):
         variables, gates, rngs = stack
-        if skips and len(gates):
+        if skips and on_cpu and len(gates):
             x, updates = scan_kept(kept, gates, x, variables, rngs)
             stay = partial(_chosen, gates)
             return x, {c: jax.tree.map(stay, tree, variables[c]) for c, tree in updates.items()}
-        if platform() == "cpu":
+        if on_cpu:
             return lax.scan(body, x, stack, unroll=unroll)
         return scan_in_groups(body, x, stack, length if unroll is True else max(unroll, 1))
 
-    stack = (variables, gates, rngs)
     if group is None:
         x, updates = run(x, stack)
     else:
@@ -110,10 +124,23 @@ def apply_stacked(
         updates = jax.tree.map(
             lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), grouped, last
         )
+    if in_slots:
+        back = partial(put_back, booleans, places)
+        updates = {c: jax.tree.map(back, tree, variables[c]) for c, tree in updates.items()}
     if not parent.is_initializing():
         for collection, tree in updates.items():
             parent.put_variable(collection, name, tree)
     return x
+
+
+def _skips(parent, block, gates):
+    # Whether stacked blocks can be left out altogether where their gates are false.
+    return (
+        gates is not None
+        and gates.dtype == jnp.bool_
+        and getattr(block, "skips_to_input", False)
+        and not any(parent.is_mutable_collection(c) for c in ("responses", "intermediates"))
+    )
 
 
 def _chosen(gates, new, old):
@@ -128,6 +155,7 @@ class Stage(nn.Module):
       activated: the stage's input is activated already (see `Block`).
       dilation, dilate: of the first block (see `Block`); the others go on with what it ends with.
       remat, unroll: see `ResNet`.
+      slots: of the blocks after the first (see `apply_stacked`).
     """
 
     block: ModuleFactory
@@ -139,6 +167,7 @@ class Stage(nn.Module):
     dilate: bool = False
     remat: str = "auto"
     unroll: int | bool | None = None
+    slots: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None = None) -> jax.Array:
@@ -160,14 +189,19 @@ class Stage(nn.Module):
         if self.dilate:
             first = partial(first, dilation=self.dilation, dilate=True)
             block = partial(block, dilation=self.dilation * self.strides)
-        x = first()(x, None if gates is None else gates[0])
+        rest = block(remat=remat == "block", parent=None)
+        gate: Any = None if gates is None else gates[0]
+        if self.slots is None or platform() == "cpu" or not _skips(self, rest, gates):
+            x = first()(x, gate)
+        else:
+            x = compute_always(first(), gate, x)
         length = self.num_blocks - 1
         if length == 0:
             return x
         return apply_stacked(
             self,
             "rest",
-            block(remat=remat == "block", parent=None),
+            rest,
             x,
             None if gates is None else gates[1:],
             length,
@@ -175,4 +209,5 @@ class Stage(nn.Module):
             # Kept: length / group inputs, and about four arrays of that size for each block of the
             # one group whose backward pass is running.
             group=max(1, isqrt(length // 4)) if remat == "sqrt" else None,
+            slots=self.slots,
         )

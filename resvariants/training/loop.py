@@ -9,7 +9,7 @@ processes, all run this program, and process 0 writes.
 import signal
 import time
 from contextlib import ExitStack, closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from resvariants.interrupts import Interrupted, Interrupts
 from resvariants.networks.summary import count_parameters
 from resvariants.processes import agreed, from_main, is_main, on_main, spread, to_host
 from resvariants.training.checkpoint import Checkpoints
+from resvariants.training.draws import slots_of_steps
 from resvariants.training.evaluation import make_evaluator
 from resvariants.training.log import Log, summary_writer
 from resvariants.training.parallel import check_batch_size
@@ -74,12 +75,13 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
         batches = agreed(setup.training_batches)
         shapes = jax.eval_shape(setup.new_state)
         clock = time.perf_counter()
-        compiled = _compile(config, setup, shapes)
+        program = _compile(config, setup, shapes)
+        program(0)
         compile_seconds = time.perf_counter() - clock
         # Only now, when nothing about the config can be wrong any more, anything is written.
         with workdir.writing():
             given = variables is not None
-            run = _Run(config, setup, shapes, workdir, batches, compiled, given, stopping)
+            run = _Run(config, setup, shapes, workdir, batches, program, given, stopping)
             log = run(compile_seconds)
             result = _result(config, setup, shapes, log, compile_seconds)
             workdir.finish(result, log.rows)
@@ -94,23 +96,35 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
 
 def _compile(config, setup, shapes):
+    # A function from the number of steps done to the compiled step that comes next. There are
+    # several where stochastic depth needs them, compiled when the first draw asks for each.
     parallel = setup.parallel
-    step = configured_step(config, setup.model, setup.optimizer)
     zeros = {
         "image": np.zeros((config.batch_size, *setup.image_shape), np.float32),
         "label": np.zeros(config.batch_size, np.int32),
     }
     batch = parallel.split(spread(zeros, parallel.batch_sharding))
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return parallel.compile(step).lower(parallel.replicate(state), batch).compile()
+    state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
+    slots = slots_of_steps(setup.model, config.seed)
+
+    @cache
+    def compiled(slots):
+        model = setup.model if slots is None else setup.model.clone(slots=slots)
+        step = configured_step(config, model, setup.optimizer)
+        return parallel.compile(step).lower(*arguments).compile()
+
+    return lambda step: compiled(slots(step))
 
 
 class _Run:
     # Trains from the last checkpoint to the end. What process 0 reads, all hear.
 
-    def __init__(self, config, setup, shapes, workdir, batches, compiled, given, stopping):
+    def __init__(self, config, setup, shapes, workdir, batches, program, given, stopping):
         self.config, self.setup, self.shapes, self.workdir = config, setup, shapes, workdir
-        self.batches, self.compiled, self.given, self.stopping = batches, compiled, given, stopping
+        self.batches, self.program, self.given, self.stopping = batches, program, given, stopping
         self.eval_every = setup.steps_in(config.eval_every_epochs)
         self.save_every = setup.steps_in(config.checkpoint_every_epochs)
         # Who is stopped while exact statistics are computed goes on from the step before: a
@@ -191,7 +205,7 @@ class _Run:
                 before = self.batches.waited
                 batch, corrupt = next(stream)
                 log.waited(self.batches.waited - before)
-                state, metrics = self.compiled(state, parallel.split(batch))
+                state, metrics = self.program(step - 1)(state, parallel.split(batch))
                 if pending:
                     # One step late, so that the device has its next step while the host waits.
                     self.settle(*pending)

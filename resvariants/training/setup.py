@@ -116,7 +116,7 @@ def make_model(config: ConfigDict, data_set: DataSet, axis_name: str | None = No
     if axis_name is not None:
         options["axis_name"] = axis_name
     for name, value in config.model.options.items():
-        if name in (*OPTIONS, "name", "parent", "num_classes", "axis_name"):
+        if name in (*OPTIONS, "name", "parent", "num_classes", "axis_name", "slots"):
             raise InputError(f"model.options.{name}: that is said elsewhere, or not for configs")
         options[name] = tuple(value) if isinstance(value, list) else value
     what, classes = f"model {config.model.name}", data_set.num_classes

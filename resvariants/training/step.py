@@ -48,6 +48,14 @@ def create_state(
     return jax.jit(init, compiler_options=options)(key)
 
 
+def draw_key(seed: int, step: Any) -> jax.Array:
+    """The key of all random draws of the step that comes after `step` others.
+
+    It depends on nothing else: all devices must agree on which blocks to skip.
+    """
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
@@ -75,9 +83,8 @@ def train_step(
       wrong labels) and `gradient_norm`, all of the batch before the update; and `learning_rate`
       where the warm-up waits for the error, so that the step alone does not tell it.
     """
-    # The key depends on the step alone: all devices must agree on which blocks to skip. What is
-    # dropped inside a block is each device's own.
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    # What is dropped inside a block is each device's own.
+    key = draw_key(seed, state.step)
     dropout_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
     params, batch_stats = state.params, state.batch_stats

@@ -26,6 +26,11 @@ NETWORKS = {
     "stochastic depth": ("resnet20", {**NARROW, "unroll": 2, "survival_probability": 0.5}),
     "pooling stem": ("resnet20", {**NARROW, "stage_sizes": (2,), "stem": ImageNetStem}),
     "DenseNet": ("densenet22_k12", {"block_sizes": (2, 2)}),
+    # The draw keeps two of the four blocks behind the first one, and no other.
+    "slots": (
+        "preact_resnet20",
+        {**NARROW, "stage_sizes": (5,), "survival_probability": 0.5, "unroll": 2, "slots": (3,)},
+    ),
 }
 MORE = {
     "pre-activation": ("preact_resnet20", {**NARROW, "unroll": 1}),

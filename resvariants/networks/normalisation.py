@@ -50,7 +50,7 @@ def _sums(*arrays):
 
 def _parts(batch, height, size, channels):
     # Images in a part, or parts of an image's rows: a part is never of several devices' images.
-    wanted = max(min(512, size // 32, max(64, 2**15 // channels)), size // 2048)
+    wanted = max(min(256, size // 64, max(64, 2**15 // channels)), size // 2048)
     images = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= max(wanted, 1))
     rows = max(
         n for n in range(1, height + 1) if height % n == 0 and (batch * n <= wanted or n == 1)

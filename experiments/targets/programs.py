@@ -17,6 +17,7 @@ from resvariants.errors import InputError, first_line
 from resvariants.networks.summary import count_parameters
 from resvariants.platforms import made_for
 from resvariants.training import keys
+from resvariants.training.draws import slots_of_steps
 from resvariants.training.evaluation import jitted_evaluation
 from resvariants.training.parallel import Parallel, make_parallel
 from resvariants.training.setup import configured_step, make_model, make_optimization
@@ -129,7 +130,11 @@ def compile_training(program: Program, batch_size: int) -> Compiled:
       Refused: the compiler does not.
     """
     parallel = program.parallel
-    step = configured_step(program.config, program.model, program.optimizer)
+    model = program.model
+    slots = slots_of_steps(model, program.config.seed)(0)
+    if slots is not None:  # as the first step of a run has it
+        model = model.clone(slots=slots)
+    step = configured_step(program.config, model, program.optimizer)
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *program.image_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),

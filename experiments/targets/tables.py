@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.reports import new_figure, save_figure, table, write_report
-from targets.devices import Target
+from targets.devices import Target, facts
 from targets.programs import Compiled, Program, Refused
 from targets.traffic import KINDS, Loop, Traffic
 
@@ -168,7 +168,6 @@ def command() -> str:
 
 def section(target: str, rows: Sequence[dict[str, Any]], largest: Sequence[dict]) -> list[str]:
     """One target's tables."""
-    from targets.devices import facts
 
     of_device = facts()[target.partition(":")[0]]
     peaks = ""

@@ -33,7 +33,7 @@ def activate(x: jax.Array, words: str, norm: ModuleFactory) -> jax.Array:
     if words == "norm relu" and platform() != "cpu":
         module = norm()
         # In one, unless somebody wants to see what is between them.
-        if isinstance(module, BatchNorm) and not module.is_mutable_collection("intermediates"):
+        if type(module) is BatchNorm and not module.is_mutable_collection("intermediates"):
             return module(x, relu=True)
         return relu(module(x))
     for word in words.split():
@@ -187,6 +187,7 @@ def _max_and_place(x, *geometry):
 def _max_pool_jvp(window, strides, padding, primals, tangents):
     (x,), (dx,) = primals, tangents
     y, place = _max_and_place(x, window, strides, padding)
+    height, width = x.shape[1:3]
 
     def forward(place, dx):
         shifts = _shifts(dx, window, strides, padding, 0)
@@ -200,8 +201,8 @@ def _max_pool_jvp(window, strides, padding, primals, tangents):
         def put_back(k):
             part = jnp.where(place == k, dy, jnp.zeros_like(dy))
             zero = jnp.zeros((), dy.dtype)
-            rows = spread(k // window, x.shape[1], dy.shape[1])
-            columns = spread(k % window, x.shape[2], dy.shape[2])
+            rows = spread(k // window, height, dy.shape[1])
+            columns = spread(k % window, width, dy.shape[2])
             return lax.pad(part, zero, [(0, 0, 0), rows, columns, (0, 0, 0)])
 
         return sum(map(put_back, range(1, window**2)), put_back(0))

@@ -18,11 +18,14 @@ from jax.flatten_util import ravel_pytree
 CONVOLUTION, STATISTICS = "convolution", "statistics"
 
 
-def scan_in_groups(body: Callable, x: jax.Array, stack: Any, group: int) -> tuple[jax.Array, Any]:
+def scan_in_groups(
+    body: Callable, x: jax.Array, stack: Any, group: int, *, remat: bool = False
+) -> tuple[jax.Array, Any]:
     """`lax.scan(body, x, stack)`, with `group` entries of the stack in an iteration.
 
     What `body` gives for an entry is stacked in the second result. The backward pass keeps each
-    group's x and the arrays named `CONVOLUTION` and `STATISTICS`.
+    group's x, the results of convolutions and matrix products, and arrays named `CONVOLUTION` and
+    `STATISTICS`; or, if the body chooses for itself what to compute again (`remat`), what it does.
     """
     length = len(jax.tree.leaves(stack)[0])
     written_out = partial(lax.scan, body, unroll=True)
@@ -39,15 +42,23 @@ def scan_in_groups(body: Callable, x: jax.Array, stack: Any, group: int) -> tupl
         pack_result, unpack_result = _packing(result)
         return x, pack_result(result)
 
-    kept = jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS)
-    turn = jax.checkpoint(turn, policy=kept, prevent_cse=False)
-    x, packed = lax.scan(turn, x, jax.vmap(lambda entry: _packing(entry)[0](entry))(head))
+    checkpointed = turn if remat else jax.checkpoint(turn, policy=_kept, prevent_cse=False)
+    x, packed = lax.scan(checkpointed, x, jax.vmap(lambda entry: _packing(entry)[0](entry))(head))
     results = jax.vmap(unpack_result)(packed)
     results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
     if whole == length:
         return x, results
     x, last = written_out(x, jax.tree.map(lambda a: a[whole:], stack))
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), results, last)
+
+
+_named = jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS)
+
+
+def _kept(primitive, *args, **params):
+    # (Of others' modules, whose results have no names.)
+    products = ("conv_general_dilated", "dot_general")
+    return primitive.name in products or _named(primitive, *args, **params)
 
 
 def _packing(group):

@@ -29,7 +29,7 @@ def _root(x):
 def _sums(*arrays):
     # Of each channel. GPUs take one kernel for all, if told so, and one more for its parts' sums:
     # in parts enough to occupy them, so that what is summed is computed on the way.
-    *outer, channels = arrays[0].shape
+    *outer, channels = shape = arrays[0].shape
     if len(arrays) == 1 or platform() != "gpu":
         return [x.sum(range(len(outer))) for x in arrays]
     images, rows = _parts(*(*outer, 1)[:2], math.prod(outer), channels)
@@ -43,13 +43,14 @@ def _sums(*arrays):
         return reduce(reduce(tuple(x.reshape(split) for x in arrays), (1, 3)), (0, 1))
 
     def widen(_, sums):
-        return tuple(_wide(x, array) for x, array in zip(sums, arrays, strict=True))
+        return tuple(lax.broadcast_in_dim(x, shape, (len(outer),)) for x in sums)
 
     return linear_map(add, widen, (), arrays)
 
 
 def _parts(batch, height, size, channels):
-    # Images in a part, or parts of an image's rows: a part is never of several devices' images.
+    # Images in a part, or parts of an image's rows: where devices share a batch, parts are not
+    # shared unless there are fewer of them.
     wanted = max(min(256, size // 64, max(64, 2**15 // channels)), size // 2048)
     images = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= max(wanted, 1))
     rows = max(

@@ -108,8 +108,8 @@ class ResNet(nn.Module):
         BatchNorm's sums give, and does the rest again: see `loops`.)
       unroll: blocks per iteration of the compiled loop, True for all; compile time grows with it.
         None: what `stage.WRITTEN_OUT` and `stage.GROUP` say. On GPUs and TPUs stages of up to 37
-        blocks are written out, since a loop copies what it saves; longer ones take the number of
-        kernels and the seconds to compile into account. On CPUs stages of three blocks are.
+        blocks are written out, since a loop copies what it saves; longer ones loop over two
+        blocks on GPUs and over one on TPUs. On CPUs stages of three blocks are written out.
       output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
         as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
         every other row and column what the strides would have (blocks must know `dilation` and
@@ -174,7 +174,9 @@ class ResNet(nn.Module):
             probability outside (0, 1].
         """
         check_images(images)
-        if self.slots and (len(self.slots) != len(self.stage_sizes) or min(self.slots) < 1):
+        if self.slots is not None and (
+            len(self.slots) != len(self.stage_sizes) or min(self.slots, default=0) < 1
+        ):
             raise InputError(f"slots {self.slots}: one number, at least 1, for each stage")
         if gates is None:
             gates = self.draw_gates(train, len(images))

@@ -42,7 +42,7 @@ def apply_stacked(
     group: int | None = None,
     slots: int | None = None,
 ) -> jax.Array:
-    """`length` blocks in sequence, compiled once: a scan over variables stacked under `name`.
+    """`length` blocks in sequence, with variables stacked under `name`: a loop, or written out.
 
     This is `nn.scan` written out, because checkpointing every `group` blocks needs the stack cut
     into groups and a remainder while the tree stays whole.
@@ -51,10 +51,9 @@ def apply_stacked(
       parent: the module (in its compact method) whose variables hold the stack.
       block: an unbound module, `(x, gate) -> y` with y of x's shape and dtype.
       gates: shape (length,), or None.
-      unroll: blocks per iteration of the compiled loop; True for no loop at all; None for no loop
-        where it would have only two blocks, for which it costs more than it saves. (With boolean
-        gates, blocks that can be skipped for nothing have a loop always on CPUs; others run in
-        conditionals, on one core.)
+      unroll: blocks per iteration of the compiled loop; True or 0 for no loop at all; None for what
+        `WRITTEN_OUT` and `GROUP` say. (On CPUs, with boolean gates, blocks that can be skipped for
+        nothing have a loop always; others run in conditionals, on one core.)
       group: keep only every `group`-th block's input for the backward pass.
       slots: how many blocks to compute if `gates` are boolean, on GPUs and TPUs; the gates of no
         more may be true. (See `networks.slots`.)
@@ -100,8 +99,12 @@ def apply_stacked(
             booleans[order].astype(jnp.float32),
             jax.tree.map(lambda keys: keys[order], rngs),
         )
+    if unroll is not None and unroll < 0:
+        raise InputError(f"unroll {unroll}: a number of blocks, True or 0 for all of them, or None")
     if unroll is None:
         unroll = length <= WRITTEN_OUT[platform()] or GROUP[platform()]
+    elif unroll is False:
+        unroll = 1
 
     def run(x, stack):
         variables, gates, rngs = stack
@@ -111,7 +114,8 @@ def apply_stacked(
             return x, {c: jax.tree.map(stay, tree, variables[c]) for c, tree in updates.items()}
         if on_cpu:
             return lax.scan(body, x, stack, unroll=unroll)
-        return scan_in_groups(body, x, stack, length if unroll is True else max(unroll, 1))
+        group = length if unroll is True or unroll == 0 else unroll
+        return scan_in_groups(body, x, stack, group, remat=getattr(block, "remat", False))
 
     if group is None:
         x, updates = run(x, stack)

@@ -1,7 +1,8 @@
 """How does a run on GPUs or TPUs skip blocks without asking the device which?
 
-The draw of every step follows from the seed and the step's number. So the host draws it, too, ahead
-of the device, and picks among a few compiled steps that have room for differently many blocks.
+The draw of every step follows from the seed and the step's number. So the draws of many steps are
+made at once, and the host picks among a few compiled steps that have room for differently many
+blocks.
 """
 
 from collections.abc import Callable

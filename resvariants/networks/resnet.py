@@ -107,9 +107,9 @@ class ResNet(nn.Module):
         (In loops on GPUs and TPUs, "none" keeps the blocks' inputs and what convolutions and
         BatchNorm's sums give, and does the rest again: see `loops`.)
       unroll: blocks per iteration of the compiled loop, True for all; compile time grows with it.
-        None: what `stage.WRITTEN_OUT` and `stage.GROUP` say. On GPUs and TPUs stages of up to 37
-        blocks are written out, since a loop copies what it saves; longer ones loop over two
-        blocks on GPUs and over one on TPUs. On CPUs stages of three blocks are written out.
+        None: what `stage.WRITTEN_OUT` and `stage.GROUP` say. On GPUs stages of up to 37 blocks are
+        written out, since a loop copies what it saves, and longer ones loop over two blocks; on
+        CPUs and TPUs stages of three blocks are written out, and longer ones loop over one.
       output_stride: for dense prediction: rows of the image for one of the last stage's maps, such
         as 8 or 16. Stages that would halve further dilate their convolutions instead, and give in
         every other row and column what the strides would have (blocks must know `dilation` and

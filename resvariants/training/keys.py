@@ -124,7 +124,7 @@ KEYS = (
         int,
         NATURAL,
         "blocks per iteration of the compiled loop; 0: no loop; None: no loop in stages of three"
-        " blocks on CPUs, of up to 37 on GPUs and TPUs",
+        " blocks, on GPUs of up to 37",
     ),
     Key(
         "model.dropout_rate",

@@ -23,7 +23,6 @@ NARROW = {"stage_sizes": (6,), "features": (16,)}
 NETWORKS = {
     # A loop of three groups of two blocks, and one block behind it.
     "original": ("resnet20", {**NARROW, "stage_sizes": (8,), "unroll": 2}),
-    "stochastic depth": ("resnet20", {**NARROW, "unroll": 2, "survival_probability": 0.5}),
     "pooling stem": ("resnet20", {**NARROW, "stage_sizes": (2,), "stem": ImageNetStem}),
     "DenseNet": ("densenet22_k12", {"block_sizes": (2, 2)}),
     # The draw keeps two of the four blocks behind the first one, and no other.
@@ -33,6 +32,7 @@ NETWORKS = {
     ),
 }
 MORE = {
+    "stochastic depth": ("resnet20", {**NARROW, "unroll": 2, "survival_probability": 0.5}),
     "pre-activation": ("preact_resnet20", {**NARROW, "unroll": 1}),
     "remat of blocks": ("resnet20", {**NARROW, "remat": "block", "unroll": 2}),
     "remat of groups": ("resnet20", {**NARROW, "remat": "sqrt"}),
@@ -83,7 +83,9 @@ def in_every_form(name, second_order=False):
     assert_same(results[2], results[0], 1e-9)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_every_form_computes_the_same(name):
     in_every_form(name)
 
@@ -148,7 +150,10 @@ def test_groups_of_a_loop(length, group):
     assert_same(grouped, plain, 1e-5)
 
 
-@pytest.mark.parametrize(("mode", "sync_batch_norm"), [("jit", False), ("pmap", True)])
+@pytest.mark.parametrize(
+    ("mode", "sync_batch_norm"),
+    [("jit", False), pytest.param("pmap", True, marks=pytest.mark.slow)],
+)
 def test_devices_with_statistics_of_their_own_or_shared(mode, sync_batch_norm):
     rng = np.random.default_rng(0)
     batch = {"image": rng.normal(size=(16, 8, 8, 3)), "label": rng.integers(0, 3, 16)}

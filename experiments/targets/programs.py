@@ -131,7 +131,8 @@ def compile_training(program: Program, batch_size: int) -> Compiled:
     """
     parallel = program.parallel
     model = program.model
-    slots = slots_of_steps(model, program.config.seed)(0)
+    with made_for(program.target.platform):
+        slots = slots_of_steps(model, program.config.seed)(0)
     if slots is not None:  # as the first step of a run has it
         model = model.clone(slots=slots)
     step = configured_step(program.config, model, program.optimizer)

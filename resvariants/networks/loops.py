@@ -27,12 +27,10 @@ def scan_in_groups(
     group's x, the results of convolutions and matrix products, and arrays named `CONVOLUTION` and
     `STATISTICS`; or, if the body chooses for itself what to compute again (`remat`), what it does.
     """
-    length = len(jax.tree.leaves(stack)[0])
     written_out = partial(lax.scan, body, unroll=True)
-    if group >= length:
+    if group >= _length(stack):
         return written_out(x, stack)
-    whole = length // group * group
-    head = jax.tree.map(lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), stack)
+    head, tail = cut(stack, group)
     unpack = _packing(jax.tree.map(lambda a: a[0], head))[1]
     unpack_result: Any = None
 
@@ -45,11 +43,28 @@ def scan_in_groups(
     checkpointed = turn if remat else jax.checkpoint(turn, policy=_kept, prevent_cse=False)
     x, packed = lax.scan(checkpointed, x, jax.vmap(lambda entry: _packing(entry)[0](entry))(head))
     results = jax.vmap(unpack_result)(packed)
-    results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
-    if whole == length:
-        return x, results
-    x, last = written_out(x, jax.tree.map(lambda a: a[whole:], stack))
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), results, last)
+    if not _length(tail):
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+    x, last = written_out(x, tail)
+    return x, joined(results, last)
+
+
+def cut(stack: Any, group: int) -> tuple[Any, Any]:
+    """A tree of stacked arrays in groups of so many entries, and the entries that are left over."""
+    whole = _length(stack) // group * group
+    head = jax.tree.map(lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), stack)
+    return head, jax.tree.map(lambda a: a[whole:], stack)
+
+
+def joined(groups: Any, rest: Any) -> Any:
+    """What `cut` makes two of, as one stack."""
+    return jax.tree.map(
+        lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), groups, rest
+    )
+
+
+def _length(stack):
+    return len(jax.tree.leaves(stack)[0])
 
 
 _named = jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS)

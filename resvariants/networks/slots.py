@@ -50,4 +50,9 @@ def put_back(chosen: jax.Array, places: jax.Array, new: jax.Array, old: Any) -> 
       chosen, places: shape (blocks,).
     """
     there = new.at[jnp.minimum(places, len(new) - 1)].get(mode="promise_in_bounds")
-    return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), there, jnp.asarray(old, new.dtype))
+    return where_chosen(chosen, there, jnp.asarray(old, new.dtype))
+
+
+def where_chosen(chosen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Each block's entry of `new` where `chosen`, shape (blocks,), and of `old` elsewhere."""
+    return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)

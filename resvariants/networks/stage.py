@@ -12,8 +12,8 @@ from jax import lax
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.convolution import ModuleFactory
 from resvariants.networks.gates import compute_always, scan_kept
-from resvariants.networks.loops import scan_in_groups
-from resvariants.networks.slots import kept_first, put_back, take
+from resvariants.networks.loops import cut, joined, scan_in_groups
+from resvariants.networks.slots import kept_first, put_back, take, where_chosen
 from resvariants.platforms import platform
 
 REMAT = ("auto", "none", "block", "sqrt")
@@ -110,24 +110,20 @@ def apply_stacked(
         variables, gates, rngs = stack
         if skips and on_cpu and len(gates):
             x, updates = scan_kept(kept, gates, x, variables, rngs)
-            stay = partial(_chosen, gates)
+            stay = partial(where_chosen, gates)
             return x, {c: jax.tree.map(stay, tree, variables[c]) for c, tree in updates.items()}
         if on_cpu:
             return lax.scan(body, x, stack, unroll=unroll)
-        group = length if unroll is True or unroll == 0 else unroll
-        return scan_in_groups(body, x, stack, group, remat=getattr(block, "remat", False))
+        each = length if unroll is True or unroll == 0 else unroll
+        return scan_in_groups(body, x, stack, each, remat=getattr(block, "remat", False))
 
     if group is None:
         x, updates = run(x, stack)
     else:
-        whole = length // group * group
-        head = jax.tree.map(lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), stack)
-        tail = jax.tree.map(lambda a: a[whole:], stack)
+        head, tail = cut(stack, group)
         x, grouped = lax.scan(jax.checkpoint(run), x, head)
         x, last = jax.checkpoint(run)(x, tail)
-        updates = jax.tree.map(
-            lambda a, b: jnp.concatenate([a.reshape(-1, *b.shape[1:]), b]), grouped, last
-        )
+        updates = joined(grouped, last)
     if in_slots:
         back = partial(put_back, booleans, places)
         updates = {c: jax.tree.map(back, tree, variables[c]) for c, tree in updates.items()}
@@ -145,10 +141,6 @@ def _skips(parent, block, gates):
         and getattr(block, "skips_to_input", False)
         and not any(parent.is_mutable_collection(c) for c in ("responses", "intermediates"))
     )
-
-
-def _chosen(gates, new, old):
-    return jnp.where(gates.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 class Stage(nn.Module):

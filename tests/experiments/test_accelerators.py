@@ -13,7 +13,8 @@ from resvariants import InputError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import accelerators
-from targets import devices, hlo, tables, traffic
+from configs import digits
+from targets import devices, hlo, programs, tables, traffic
 
 
 def module(entry, *computations):
@@ -397,6 +398,17 @@ def test_several_devices_reduce_once_when_each_has_its_own_statistics(ask, paral
     # Gradients, statistics and metrics, at least as many bytes as there are parameters.
     assert sum(row["collective_bytes"].values()) >= 4 * row["parameters"]
     assert set(row["collectives"]) == {"all-reduce"}
+
+
+def test_stochastic_depth_is_compiled_as_a_run_would_on_the_target(monkeypatch):
+    # This machine's compiler in the place of the GPU's, for the form that is the GPU's.
+    monkeypatch.setattr(devices.Target, "devices", lambda self: jax.devices("cpu")[:1])
+    config = digits.get_config("resnet14")
+    config.model.survival_probability = 0.5
+    target = devices.Target("h100", "gpu", 1, devices.facts()["h100"])
+    compiled = programs.compile_training(programs.build(config, target), 4)
+    counted = compiled.traffic(0)
+    assert not counted.conditionals and not counted.unknown_loops
 
 
 def test_the_largest_batch_is_found_to_a_tenth(monkeypatch):

@@ -101,8 +101,11 @@ def apply_stacked(
         )
     if unroll is not None and unroll < 0:
         raise InputError(f"unroll {unroll}: a number of blocks, True or 0 for all of them, or None")
+    remat = getattr(block, "remat", False)
     if unroll is None:
         unroll = length <= WRITTEN_OUT[platform()] or GROUP[platform()]
+        if remat and not on_cpu:  # written out, several blocks' second computations live at once
+            unroll = 1
     elif unroll is False:
         unroll = 1
 
@@ -115,7 +118,7 @@ def apply_stacked(
         if on_cpu:
             return lax.scan(body, x, stack, unroll=unroll)
         each = length if unroll is True or unroll == 0 else unroll
-        return scan_in_groups(body, x, stack, each, remat=getattr(block, "remat", False))
+        return scan_in_groups(body, x, stack, each, remat=remat)
 
     if group is None:
         x, updates = run(x, stack)

@@ -11,6 +11,7 @@ from flax import struct
 from jax import lax
 
 from resvariants.networks.linear import vary, varying_axes
+from resvariants.platforms import platform
 from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
@@ -54,6 +55,12 @@ def draw_key(seed: int, step: Any) -> jax.Array:
     It depends on nothing else: all devices must agree on which blocks to skip.
     """
     return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def _in_order(gradient):
+    # As parameters lie in memory, not as cuDNN leaves it, before the optimiser sees it: only then
+    # does XLA write new parameters and momenta in the place of the old.
+    return lax.optimization_barrier(gradient.ravel()).reshape(gradient.shape)
 
 
 def train_step(
@@ -115,6 +122,8 @@ def train_step(
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     if axis_name is not None:
         grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)
+    if platform() == "gpu":
+        grads = jax.tree.map(_in_order, grads)
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, error=error)
     params = optax.apply_updates(state.params, updates)

@@ -141,7 +141,7 @@ def planned(args: Namespace) -> Iterator[tuple[str, str, Program, list[int]]]:
             program = build(config, target)
             sizes = args.batch_size or [config.batch_size]
             for size in sizes:
-                check_batch_size(size, target.count)
+                check_batch_size(size, target.count, parts=config.accumulation_steps)
             yield label, OURS, program, sizes
             if args.peer and stock is not None:
                 yield label, STOCK, build(config, target, stock), sizes

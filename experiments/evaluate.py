@@ -18,6 +18,8 @@ from resvariants.training.workdir import read_config
 def describe(values: dict[str, float]) -> str:
     """Loss, errors and speed in words."""
     top5 = f", top-5 error {values['top5_error']:.2f} %" if "top5_error" in values else ""
+    if "ema_error" in values:
+        top5 += f"; averaged weights {values['ema_loss']:.4f}, {values['ema_error']:.2f} %"
     return (
         f"loss {values['loss']:.4f}, error {values['error']:.2f} %{top5}"
         f" ({values['images'] / values['seconds']:,.0f} images/s)"

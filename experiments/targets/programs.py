@@ -20,7 +20,7 @@ from resvariants.training import keys
 from resvariants.training.draws import slots_of_steps
 from resvariants.training.evaluation import jitted_evaluation
 from resvariants.training.parallel import Parallel, make_parallel
-from resvariants.training.setup import configured_step, make_model, make_optimization
+from resvariants.training.setup import batch_shapes, configured_step, make_model, make_optimization
 from resvariants.training.step import create_state
 from targets import hlo, traffic
 from targets.devices import Target
@@ -117,7 +117,8 @@ def build(config: ConfigDict, target: Target, model: nn.Module | None = None) ->
             model = make_model(config, data_set, parallel.bn_axis_name)
         _, _, optimizer = make_optimization(config, STEPS_PER_EPOCH)
         shape = data_set.image_shape
-        state = jax.eval_shape(partial(create_state, model, optimizer, config.seed, shape))
+        make = partial(create_state, model, optimizer, config.seed, shape, ema=config.ema_decay > 0)
+        state = jax.eval_shape(make)
     return Program(
         config, target, model, parallel, optimizer, state, tuple(shape), data_set.streamed
     )
@@ -136,10 +137,7 @@ def compile_training(program: Program, batch_size: int) -> Compiled:
     if slots is not None:  # as the first step of a run has it
         model = model.clone(slots=slots)
     step = configured_step(program.config, model, program.optimizer)
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *program.image_shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
+    batch = batch_shapes(program.config, batch_size, program.image_shape)
     state = program.state
     if program.config.parallel == "pmap":  # lays both out by itself, by their leading axis
         count = program.target.count

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from resvariants.data.augmentation import Augmentation, prepared
+from resvariants.data.mixing import NO_MIXING, Mixing, mixed, mixing_key
 from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError
 from resvariants.processes import spread
@@ -67,6 +68,7 @@ class TrainingBatches:
         mean: np.ndarray,
         scale: np.ndarray,
         augmentation: Augmentation,
+        mixing: Mixing = NO_MIXING,
         *,
         sharding: Sharding,
         replicated: Sharding,
@@ -92,7 +94,7 @@ class TrainingBatches:
             chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
             key = jax.random.fold_in(key, step)
             x = prepared(key, images[chosen], mean, scale, augmentation)
-            return {"image": x, "label": labels[chosen]}
+            return mixed(mixing_key(key), x, labels[chosen], mixing)
 
         self._two_epochs, self._sample = two_epochs, sample
 
@@ -101,7 +103,8 @@ class TrainingBatches:
         return ((self[step], None) for step in range(start, stop))
 
     def __getitem__(self, step: int) -> dict[str, jax.Array]:
-        """`image` (batch, height, width, channels) float32 and `label` (batch,) int32."""
+        """`image` (batch, height, width, channels) float32, `label` (batch,) int32, and what
+        `mixing.mixed` adds."""
         epoch, start = divmod(step * self._batch_size, self.size)
         order_key, augment_key = jax.random.split(self._key)
         if epoch != self._epoch:

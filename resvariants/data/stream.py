@@ -26,6 +26,7 @@ from PIL import Image
 
 from resvariants.data.augmentation import Augmentation, prepared
 from resvariants.data.batches import check_fits, data_key
+from resvariants.data.mixing import NO_MIXING, Mixing, mixed, mixing_key
 from resvariants.data.splits import Stream
 from resvariants.errors import InputError, RunError, check_choice, first_line
 from resvariants.interrupts import Interrupts
@@ -33,8 +34,8 @@ from resvariants.processes import local_rows
 
 FORMATS = ("JPEG", "PNG")
 
-# In evaluation, images are cut from images whose shorter side is so many times as long.
-EVALUATION_SCALE = 256 / 224
+# In evaluation, a crop's side is such a share of the resized image's shorter one.
+EVALUATION_SHARE = 224 / 256
 
 
 def decode(content: bytes) -> Image.Image:
@@ -107,18 +108,18 @@ def training_crop(
     return partial(scale_jitter, shorter=(low, high))
 
 
-def centre(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of the resized image: (size, size, 3)."""
-    shorter = round(size * EVALUATION_SCALE)
+def centre(image: Image.Image, size: int, *, share: float = EVALUATION_SHARE) -> np.ndarray:
+    """The centre of the image, resized to a shorter side of `size / share`: (size, size, 3)."""
+    shorter = round(size / share)
     return np.asarray(_crop_of_resized(image, shorter, size, (0.5, 0.5)))
 
 
-def ten_crop(image: Image.Image, size: int) -> np.ndarray:
+def ten_crop(image: Image.Image, size: int, *, share: float = EVALUATION_SHARE) -> np.ndarray:
     """Corners, centre, and their mirror images: (10, size, size, 3) (Krizhevsky et al. 2012, 4.1).
 
     The corners are those of the whole resized image, as in fb.resnet.torch.
     """
-    shorter = round(size * EVALUATION_SCALE)
+    shorter = round(size / share)
     places = ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5))
     five = np.stack([_crop_of_resized(image, shorter, size, place) for place in places])
     return np.concatenate([five, five[:, :, ::-1]])
@@ -308,6 +309,7 @@ class StreamedBatches:
         mean: np.ndarray,
         scale: np.ndarray,
         augmentation: Augmentation,
+        mixing: Mixing = NO_MIXING,
         *,
         image_size: int,
         crop: Callable[..., Image.Image],
@@ -332,12 +334,12 @@ class StreamedBatches:
         self.waited = 0.0
         key = jax.random.split(data_key(seed))[1]
 
-        @partial(jax.jit, out_shardings=({"image": sharding, "label": sharding}, replicated))
+        @partial(jax.jit, out_shardings=(sharding, replicated))
         def prepare(local, step):
-            images = prepared(
-                jax.random.fold_in(key, step), local["image"], mean, scale, augmentation
-            )
-            return {"image": images, "label": local["label"]}, local["corrupt"]
+            of_step = jax.random.fold_in(key, step)
+            images = prepared(of_step, local["image"], mean, scale, augmentation)
+            batch = mixed(mixing_key(of_step), images, local["label"], mixing)
+            return batch, local["corrupt"]
 
         self._prepare = prepare
 

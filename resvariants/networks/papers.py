@@ -124,6 +124,11 @@ UNAUGMENTED_ERRORS = {
     ("mnist", "highway10_width32", 1.0): Reported(0.46, _HIGHWAY),
 }
 
+# With mixed images, each class against all others and LAMB: the recipe A3, of timm's ResNet-50.
+MODERN_ERRORS = {
+    ("imagenet2012", "resnet50_v1_5", 1.0): Reported(21.9, "Wightman et al. 2021, table 2, A3"),
+}
+
 # How validation images of ImageNet are seen: the centre; corners, centre and their mirror images;
 # whole images, resized to several scales. Crops are of 224x224, AlexNet's of 227x227.
 ONE_CROP = "one crop"

@@ -38,6 +38,11 @@ def _checksums(tree):
     return {path: zlib.crc32(np.ascontiguousarray(leaf).data) for path, leaf in flat.items()}
 
 
+def _on_disk(tree):
+    # States had no moving averages before version 0.3; Orbax minds an empty folder of them.
+    return {name: part for name, part in tree.items() if name != "ema" or part}
+
+
 class Checkpoints:
     """The last few states of a run, saved in the background."""
 
@@ -97,7 +102,7 @@ class Checkpoints:
         Raises:
           RunError: this state or the one before cannot be written.
         """
-        tree = serialization.to_state_dict(state)
+        tree = _on_disk(serialization.to_state_dict(state))
         meta = json.dumps(
             {"layout": layout(tree), "checksums": _checksums(tree), "counters": counters}
         )
@@ -177,7 +182,7 @@ class Checkpoints:
     def _read(self, state, step):
         where = f"checkpoint {self.directory / str(step)}"
         wanted = serialization.to_state_dict(state)
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _on_disk(wanted))
         with _reading(where):
             item = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
             text = item["meta"]["text"]
@@ -210,7 +215,7 @@ class Checkpoints:
             for path, checksum in description["checksums"].items():
                 if checksums[path] != checksum:
                     raise ValueError(f"the checksum of {path} differs")
-        restored = serialization.from_state_dict(state, item["state"])
+        restored = serialization.from_state_dict(state, {**wanted, **item["state"]})
         return Restored(restored, description["counters"], step)
 
     def close(self) -> None:

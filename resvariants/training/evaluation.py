@@ -30,8 +30,8 @@ def make_evaluator(
     """A function `(state, split) -> {loss, error, images, seconds}`, exact over the whole split.
 
     `loss` is the mean cross-entropy, `error` in per cent, with `top5_error` beside it where
-    `evaluation_sums` counts it. Batches have the next size that the devices can share. Images that
-    cannot be read do not count.
+    `evaluation_sums` counts it; and of moving averages the same, as `ema_loss` and so on. Batches
+    have the next size that the devices can share. Images that cannot be read do not count.
 
     Args:
       corrupt: `stream.Corrupt`, which hears of those.
@@ -43,10 +43,20 @@ def make_evaluator(
         start = time.perf_counter()
         if jax.process_count() == 1:  # or it lies on all devices already
             state = spread(state, setup.parallel.replicated)
-        apply = partial(step, state.params, state.batch_stats)
+        networks = [(state.params, state.batch_stats)]
+        if state.ema:
+            networks.append((state.ema["params"], state.ema["batch_stats"]))
+
+        def apply(batch):
+            return [step(*network, batch) for network in networks]
+
         sums = apply_to_batches(apply, setup, setup.splits[split], batch_size, corrupt, stopping)
         total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
-        return {**figures(total, split), "seconds": time.perf_counter() - start}
+        found, *averaged = (figures(each, split) for each in total)
+        for of_average in averaged:
+            del of_average["images"]
+            found |= {f"ema_{key}": value for key, value in of_average.items()}
+        return {**found, "seconds": time.perf_counter() - start}
 
     return evaluate
 

@@ -23,6 +23,7 @@ from resvariants.data.sets import DATA_SETS
 from resvariants.errors import InputError, check_choice
 from resvariants.networks.gates import SURVIVAL_DRAWS, SURVIVAL_SCHEDULES
 from resvariants.networks.stage import REMAT
+from resvariants.training.losses import LOSSES
 from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES, UNITS, WARMUPS
 from resvariants.training.parallel import MODES
 
@@ -56,6 +57,8 @@ NATURAL = Kind("a whole number, at least 0", _natural)
 POSITIVE = Kind("positive and finite", lambda x: 0 < x < math.inf)
 ABOVE_0 = Kind("positive", lambda x: x > 0)
 NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
+PROBABILITY = Kind("from 0 to 1", lambda x: 0 <= x <= 1)
+ABOVE_0_TO_1 = Kind("above 0 and at most 1", lambda x: 0 < x <= 1)
 SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
 PERCENT = Kind("at least 0 and below 100", lambda x: 0 <= x < 100)
 SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
@@ -201,7 +204,36 @@ KEYS = (
         since="0.2",
     ),
     Key("dataset.augmentation_options", {}, OPTIONS, "its own", since="0.2"),
+    Key(
+        "dataset.mixup",
+        0.0,
+        NOT_NEGATIVE,
+        "alpha of mixup, weighted means of two images and of their labels; 0 is off",
+        since="0.3",
+    ),
+    Key(
+        "dataset.cutmix",
+        0.0,
+        NOT_NEGATIVE,
+        "alpha of CutMix, a rectangle of another image; with mixup every other batch, at random",
+        since="0.3",
+    ),
+    Key("dataset.mix_probability", 1.0, PROBABILITY, "of mixing a batch at all", since="0.3"),
     Key("dataset.image_size", 224, COUNT, "the side of streamed images, as the keys below are"),
+    Key(
+        "dataset.eval_image_size",
+        int,
+        COUNT,
+        "the same in evaluation; None: as in training",
+        since="0.3",
+    ),
+    Key(
+        "dataset.eval_crop",
+        0.875,
+        ABOVE_0_TO_1,
+        "a crop's side in evaluation, as a share of the resized image's shorter one",
+        since="0.3",
+    ),
     Key(
         "dataset.crop",
         "random_sized",
@@ -272,6 +304,32 @@ KEYS = (
         "constant at warmup_learning_rate, or linear from it",
     ),
     Key("schedule.cut_to_steps", int, SCHEDULED, "shorten all lengths above in proportion"),
+    Key(
+        "accumulation_steps",
+        1,
+        COUNT,
+        "cut each batch into so many parts, one after the other, and average their gradients;"
+        " BatchNorm sees a part at a time",
+        since="0.3",
+    ),
+    Key(
+        "ema_decay",
+        0.0,
+        SHARE,
+        "keep a moving average of weights and statistics, which keeps so much of itself at each"
+        " step, and evaluate it, too; 0 is off",
+        since="0.3",
+    ),
+    Key(
+        "loss", "softmax", LOSSES, "softmax, or binary: each class against all others", since="0.3"
+    ),
+    Key(
+        "target_threshold",
+        float,
+        SHARE,
+        "targets above it become 1, and all others 0; None: they stay as mixed and smoothed",
+        since="0.3",
+    ),
     Key("label_smoothing", 0.0, SHARE, "share of the target that all classes divide"),
     Key("auxiliary_weight", 0.3, NOT_NEGATIVE, "of auxiliary classifiers' losses (GoogLeNet)"),
     Key("parallel", "jit", MODES, "jit over a mesh of all devices, or pmap (within one process)"),

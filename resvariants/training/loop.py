@@ -37,7 +37,7 @@ from resvariants.training.result import (
     print_table,
     result_table,
 )
-from resvariants.training.setup import configured_step, set_up
+from resvariants.training.setup import batch_shapes, configured_step, set_up
 from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.workdir import Workdir
 
@@ -63,7 +63,7 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
     if config.tensorboard:
         summary_writer()
-    check_batch_size(config.batch_size)
+    check_batch_size(config.batch_size, parts=config.accumulation_steps)
     if config.compilation_cache is not None:
         # For the rest of this process.
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -99,12 +99,12 @@ def _compile(config, setup, shapes):
     # A function from the number of steps done to the compiled step that comes next. There are
     # several where stochastic depth needs them, compiled when the first draw asks for each.
     parallel = setup.parallel
-    zeros = {
-        "image": np.zeros((config.batch_size, *setup.image_shape), np.float32),
-        "label": np.zeros(config.batch_size, np.int32),
-    }
-    batch = parallel.split(spread(zeros, parallel.batch_sharding))
-    state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    batch, state = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype),
+        (batch_shapes(config, config.batch_size, setup.image_shape), shapes),
+    )
+    batch = parallel.split(spread(batch, parallel.batch_sharding))
+    state = parallel.replicate(state)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
     )

@@ -65,17 +65,21 @@ def _cpu_options(once):
     return options
 
 
-def check_batch_size(size: int, count: int | None = None) -> None:
-    """Raises InputError if `count` devices cannot share a batch of `size` images equally.
+def check_batch_size(size: int, count: int | None = None, *, parts: int = 1) -> None:
+    """Raises InputError if a batch of `size` images has no `parts` that devices share equally.
 
-    None: all devices of this run.
+    Args:
+      count: how many devices; None: all of this run.
+      parts: the config's `accumulation_steps`.
     """
     count = jax.device_count() if count is None else count
-    if size < 1 or size % count:
-        below = max(size // count, 1) * count
+    unit = count * parts
+    if size < 1 or size % unit:
+        below = max(size // unit, 1) * unit
+        cut = f", in {parts} parts each (accumulation_steps)" if parts > 1 else ""
         raise InputError(
-            f"batch_size {size} cannot be shared equally by {count} devices;"
-            f" the nearest that can: {below} or {below + count}"
+            f"batch_size {size} cannot be shared equally by {count} devices{cut};"
+            f" the nearest that can: {below} or {below + unit}"
         )
 
 

@@ -119,7 +119,7 @@ def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -
 
 def augmented(dataset: Any) -> bool:
     """Whether training images are changed at random, by the config's `dataset`."""
-    ways = ("crop_padding", "flip", "color_jitter", "lighting", "augmentation")
+    ways = ("crop_padding", "flip", "color_jitter", "lighting", "augmentation", "mixup", "cutmix")
     return any(dataset[way] for way in ways)
 
 
@@ -139,6 +139,8 @@ def reported_errors(config: Any, *, multi_scale: bool = False) -> papers.Reporte
         "batch",
     ):
         return None
+    if config["loss"] == "binary":
+        return papers.MODERN_ERRORS.get((dataset["name"], name, survival))
     if dataset["name"] != "imagenet2012":
         errors = papers.TEST_ERRORS if augmented(dataset) else papers.UNAUGMENTED_ERRORS
         return errors.get((dataset["name"], name, survival))

@@ -39,7 +39,8 @@ def facts(config: ConfigDict, state: TrainState) -> dict[str, Any]:
 
 
 def held_out_errors(last: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`test_error`, `test_top5_error` and those of `val`, as far as `last` has them.
+    """`test_error`, `test_top5_error`, with `ema_` before `error` those of moving averages, and all
+    of `val`, as far as `last` has them.
 
     Args:
       last: the last metrics of each split.
@@ -47,7 +48,7 @@ def held_out_errors(last: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {
         f"{name}_{key}": last[split][key]
         for split, name in (("test", "test"), ("validation", "val"))
-        for key in ("error", "top5_error")
+        for key in ("error", "top5_error", "ema_error", "ema_top5_error")
         if key in last.get(split, {})
     }
 
@@ -86,6 +87,8 @@ def result_table(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("val_top5_error", "validation top-5 error"),
         ("test_error", "test error"),
         ("test_top5_error", "test top-5 error"),
+        ("val_ema_error", "validation error of the averaged weights"),
+        ("test_ema_error", "test error of the averaged weights"),
     ):
         if key in result:
             table.append((f"{name}, last epoch", f"{result[key]:.2f} %"))

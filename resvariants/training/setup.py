@@ -1,6 +1,6 @@
 """What does a config stand for? All its values checked, and objects made of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from resvariants.data import sets
 from resvariants.data.augmentation import make_augmentation, normalisation
 from resvariants.data.batches import TrainingBatches, evaluation_batches, split_validation
+from resvariants.data.mixing import Mixing, mixed
 from resvariants.data.splits import DataSet, Split, Stream
 from resvariants.errors import InputError, UnknownName
 from resvariants.networks import zoo
@@ -74,8 +75,8 @@ class Setup(NamedTuple):
         """
         fresh = self.new_state()
         variables = jax.tree.map(jnp.array, jax.device_get(variables))
-        stats = variables.get("batch_stats", {})
-        given = fresh.replace(params=variables["params"], batch_stats=stats)
+        trained = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        given = fresh.replace(**trained, ema=fresh.ema and jax.tree.map(jnp.copy, trained))
         if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, fresh):
             raise InputError("the variables to start from are of another network than the config's")
         return given
@@ -158,9 +159,25 @@ def configured_step(
         model=model,
         optimizer=optimizer,
         seed=config.seed,
+        loss=config.loss,
         label_smoothing=config.label_smoothing,
+        target_threshold=config.target_threshold,
         auxiliary_weight=config.auxiliary_weight,
+        accumulation_steps=config.accumulation_steps,
+        ema_decay=config.ema_decay,
     )
+
+
+def batch_shapes(config: ConfigDict, batch_size: int, image_shape: Sequence[int]) -> dict[str, Any]:
+    """What `configured_step` takes as a batch: shapes and dtypes by name."""
+    sample = partial(mixed, mixing=_mixing(config.dataset))
+    image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return jax.eval_shape(sample, jax.eval_shape(lambda: jax.random.key(0)), image, label)
+
+
+def _mixing(dataset):
+    return Mixing(dataset.mixup, dataset.cutmix, dataset.mix_probability)
 
 
 def _build(config):
@@ -180,6 +197,14 @@ def _build(config):
     if augmentation.after is not None:
         what = f"augmentation {dataset.augmentation}"
         made(what, _check_augmentation, augmentation.after, data_set.image_shape)
+    mixing = _mixing(dataset)
+    mixing.check(config.batch_size)
+    if mixing and config.schedule.warmup_until_error:
+        raise InputError(
+            f"schedule.warmup_until_error {config.schedule.warmup_until_error} waits for an error"
+            " that mixed images, of two labels each, do not have; let it be 0, with a"
+            " schedule.warmup of so many steps, or dataset.mixup and dataset.cutmix"
+        )
     mean, scale = normalisation(dataset.normalisation, training, channels)
     pixels = {"mean": mean, "scale": scale}
     layout = {"sharding": parallel.batch_sharding, "replicated": parallel.replicated}
@@ -194,17 +219,38 @@ def _build(config):
         )
         seen = stream.ten_crop if dataset.ten_crop else stream.centre
         evaluation = partial(
-            stream.streamed_evaluation_batches, **pixels, image_size=side, crop=seen
+            stream.streamed_evaluation_batches,
+            **pixels,
+            image_size=dataset.eval_image_size or side,
+            crop=partial(seen, share=dataset.eval_crop),
         )
     else:
-        if dataset.ten_crop:
-            raise InputError("dataset.ten_crop is for streamed data sets, whose images are larger")
+        if dataset.ten_crop or dataset.eval_image_size:
+            raise InputError(
+                "dataset.ten_crop and dataset.eval_image_size are for streamed data sets, whose"
+                " images are larger"
+            )
         batches = TrainingBatches
         evaluation = partial(evaluation_batches, **pixels)
     training_batches = partial(
-        batches, training, config.batch_size, config.seed, mean, scale, augmentation, **layout
+        batches,
+        training,
+        config.batch_size,
+        config.seed,
+        mean,
+        scale,
+        augmentation,
+        mixing,
+        **layout,
     )
-    new_state = partial(create_state, model, optimizer, config.seed, data_set.image_shape)
+    new_state = partial(
+        create_state,
+        model,
+        optimizer,
+        config.seed,
+        data_set.image_shape,
+        ema=config.ema_decay > 0,
+    )
     made(f"optimizer {config.optimizer.name}", _check_optimizer, optimizer, new_state)
     if config.exact_statistics:
         check_statistics(model, jax.eval_shape(new_state).batch_stats)

@@ -12,17 +12,23 @@ from jax import lax
 
 from resvariants.networks.linear import vary, varying_axes
 from resvariants.platforms import platform
+from resvariants.training.losses import LOSSES, main_label, targets_of
 from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
 
 class TrainState(struct.PyTreeNode):
-    """All that changes from step to step."""
+    """All that changes from step to step.
+
+    Attributes:
+      ema: moving averages of `params` and `batch_stats`, by those names; or empty.
+    """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = struct.field(default_factory=dict)
 
 
 def create_state(
@@ -30,18 +36,16 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     image_shape: Sequence[int],
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """A fresh state; `image_shape` is (height, width, channels)."""
+    """A fresh state; `image_shape` is (height, width, channels). `ema`: with moving averages."""
 
     def init(key):
         variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
-        params = variables["params"]
-        return TrainState(
-            jnp.zeros((), jnp.int32),
-            params,
-            variables.get("batch_stats", {}),
-            optimizer.init(params),
-        )
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats}) if ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), averages)
 
     key = jax.random.key(seed)
     # Within `jax.eval_shape` or another `jit`, a `jit` takes no options.
@@ -70,25 +74,37 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     seed: int,
+    loss: str = "softmax",
     label_smoothing: float = 0.0,
+    target_threshold: float | None = None,
     auxiliary_weight: float = 0.3,
+    accumulation_steps: int = 1,
+    ema_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of stochastic gradient descent, the same for every model.
 
     Args:
       state: the state before.
-      batch: `image` (batch, height, width, channels), `label` (batch,) int32.
+      batch: `image` (batch, height, width, channels), `label` (batch,) int32, and what
+        `data.mixing.mixed` adds.
       optimizer: its `update` is given the batch's `error`, if it takes extra arguments.
       seed: with the step number it determines every random draw.
+      loss: one of `losses.LOSSES`.
+      target_threshold: see `losses.targets_of`.
       auxiliary_weight: of the losses of logits that the model sows into `auxiliary_logits`.
+      accumulation_steps: the batch is cut into so many parts, one after the other, whose gradients
+        are averaged. BatchNorm sees a part at a time.
+      ema_decay: what `state.ema` keeps of itself, if there is one, once many steps were taken; at
+        step t no more than (1 + t) / (10 + t), or it would remember how training began.
       axis_name: the device axis when run per device (`pmap`, `shard_map`); gradients, statistics
         and metrics are averaged over it. Under a sharded `jit` the batch is the global one.
 
     Returns:
       The state after, and float metrics `loss` (without auxiliary classifiers), `error` (share of
-      wrong labels) and `gradient_norm`, all of the batch before the update; and `learning_rate`
-      where the warm-up waits for the error, so that the step alone does not tell it.
+      wrong labels; of mixed images the main one counts) and `gradient_norm`, all of the batch
+      before the update; and `learning_rate` where the warm-up waits for the error, so that the step
+      alone does not tell it.
     """
     # What is dropped inside a block is each device's own.
     key = draw_key(seed, state.step)
@@ -99,38 +115,71 @@ def train_step(
         axes = varying_axes(batch["image"])
         params, batch_stats = jax.tree.map(lambda x: vary(x, axes), (params, batch_stats))
 
-    def loss_fn(params):
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats", "auxiliary_logits"],
-            rngs={"stochastic_depth": key, "dropout": dropout_key},
-        )
-        targets = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
-        targets = optax.smooth_labels(targets, label_smoothing)
+    def gradients(batch_stats, batch, dropout_key):
+        def loss_fn(params):
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats", "auxiliary_logits"],
+                rngs={"stochastic_depth": key, "dropout": dropout_key},
+            )
+            targets = targets_of(batch, logits, label_smoothing, target_threshold)
 
-        def cross_entropy(logits):
-            return optax.softmax_cross_entropy(logits, targets).mean()
+            def mean_loss(logits):
+                return LOSSES[loss](logits, targets).mean()
 
-        loss = cross_entropy(logits)
-        auxiliary = jax.tree.leaves(updates.get("auxiliary_logits", {}))
-        total = loss + auxiliary_weight * sum(map(cross_entropy, auxiliary))
-        return total, (loss, logits, updates.get("batch_stats", {}))
+            main = mean_loss(logits)
+            auxiliary = jax.tree.leaves(updates.get("auxiliary_logits", {}))
+            total = main + auxiliary_weight * sum(map(mean_loss, auxiliary))
+            return total, (main, logits, updates.get("batch_stats", {}))
 
-    (_, (loss, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    error = jnp.mean(logits.argmax(-1) != batch["label"])
+        (_, (main, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        error = jnp.mean(logits.argmax(-1) != main_label(batch))
+        return stats, (grads, main, error)
+
+    if accumulation_steps == 1:
+        stats, means = gradients(batch_stats, batch, dropout_key)
+    else:
+        stats, means = _accumulated(gradients, batch_stats, batch, dropout_key, accumulation_steps)
     if axis_name is not None:
-        grads, stats, loss, error = lax.pmean((grads, stats, loss, error), axis_name)
+        stats, means = lax.pmean((stats, means), axis_name)
+    grads, main, error = means
     if platform() == "gpu":
         grads = jax.tree.map(_in_order, grads)
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, error=error)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "error": error, "gradient_norm": optax.tree.norm(grads)}
+    metrics = {"loss": main, "error": error, "gradient_norm": optax.tree.norm(grads)}
     if isinstance(opt_state, WarmupState):
         metrics["learning_rate"] = opt_state.learning_rate
-    return TrainState(state.step + 1, params, stats, opt_state), metrics
+    ema = state.ema
+    if ema:
+        step = state.step.astype(jnp.float32)
+        rest = 1 - jnp.minimum(ema_decay, (1 + step) / (10 + step))
+        new = {"params": params, "batch_stats": stats}
+        ema = jax.tree.map(lambda old, now: old + (rest * (now - old)).astype(old.dtype), ema, new)
+    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+
+
+def _accumulated(gradients, stats, batch, dropout_key, parts):
+    # As `gradients` of each part in turn. A part has every so many-th image, so that devices which
+    # share the batch share each part as well.
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(dropout_key, parts)
+    one = jax.tree.map(lambda x: x[0], (cut, keys))
+    axes = varying_axes(batch["image"])
+    zeros = jax.tree.map(
+        lambda x: vary(jnp.zeros(x.shape, x.dtype), axes), jax.eval_shape(gradients, stats, *one)[1]
+    )
+
+    def add(carry, part):
+        stats, sums = carry
+        stats, found = gradients(stats, *part)
+        return (stats, jax.tree.map(jnp.add, sums, found)), None
+
+    (stats, sums), _ = lax.scan(add, (stats, zeros), (cut, keys))
+    return stats, jax.tree.map(lambda x: x / parts, sums)
 
 
 # With at least so many classes, errors among the first five are counted, too.

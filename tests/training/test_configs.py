@@ -55,10 +55,12 @@ DEFAULT = flat(default.get_config())
 PLACEHOLDERS = {
     "compilation_cache": str,
     "dataset.data_dir": str,
+    "dataset.eval_image_size": int,
     "model.dropout_rate": float,
     "model.unroll": int,
     "optimizer.clip_norm": float,
     "schedule.cut_to_steps": int,
+    "target_threshold": float,
 }
 
 

@@ -1,6 +1,6 @@
 """ImageNet-2012 by a recipe of today: "ResNet strikes back", A3 (Wightman et al. 2021, table 2).
 
-    python experiments/train.py --config=configs/imagenet_modern.py \
+    python experiments/train.py --config=configs/imagenet_modern.py:resnet50_v1_5 \
         --config.dataset.data_dir=data --workdir=runs/modern
 
 Trained at 160 pixels and evaluated at 224. A batch of 2048 is the recipe's: where it does not fit,

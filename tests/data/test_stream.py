@@ -1011,7 +1011,7 @@ def test_an_evaluation_without_a_readable_image_says_so(finished, broken, tmp_pa
                 "dataset.color_jitter": 0.0,
                 "dataset.lighting": 0.0,
             },
-            "ten_crop is for streamed data sets",
+            "are for streamed data sets",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -939,6 +939,24 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(stopped, finished):
     assert without_speed(stopped[0]) == without_speed(finished[0])
 
 
+def test_streamed_images_are_mixed_and_evaluated_at_another_size(folder):
+    keys = {"dataset.mixup": 0.5, "dataset.eval_image_size": 48, "dataset.eval_crop": 0.8}
+    setup, plain = (set_up(config(folder, **chosen)) for chosen in (keys, {}))
+    (batch, _), (own, _) = (next(s.training_batches().iterate(0, 1)) for s in (setup, plain))
+    share = np.asarray(batch["share"])[:, None, None, None]
+    images = np.asarray(own["image"])
+    expected = share * images + (1 - share) * images[::-1]
+    np.testing.assert_allclose(batch["image"], expected, atol=1e-5)
+    np.testing.assert_array_equal(batch["other_label"], own["label"][::-1])
+    assert 0 < share[0, 0, 0, 0] < 1
+    test = setup.splits["test"]
+    seen, _ = next(setup.evaluation_batches(test, 8, sharding=setup.parallel.batch_sharding))
+    content, _ = test.source[test.indices[0]]
+    pixels = centre(stream.decode(content), 48, share=0.8)
+    assert not np.array_equal(pixels, centre(stream.decode(content), 48))
+    np.testing.assert_allclose(seen["image"][0], (pixels - MEAN[0]) / SCALE[0], atol=1e-5)
+
+
 def test_ten_crops_are_evaluated_by_their_mean_probability(finished, broken):
     _, _, state = evaluation.load(finished[0])
     # A surer network than six steps make, so that its ten answers differ.

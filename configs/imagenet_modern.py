@@ -4,8 +4,7 @@
         --config.dataset.data_dir=data --workdir=runs/modern
 
 Trained at 160 pixels and evaluated at 224. A batch of 2048 is the recipe's: where it does not fit,
-`--config.accumulation_steps=8`. Here images that are read anew are not repeated within a batch, and
-each of an image's operations has Pillow's meaning on the device.
+`--config.accumulation_steps=8`. Unlike timm's, RandAugment's affine maps are always bilinear.
 """
 
 from configs import imagenet
@@ -22,6 +21,9 @@ def get_config(model: str = "resnet50_v1_5"):
             "dataset.crop": "random_sized",
             "dataset.lighting": 0.0,
             "dataset.color_jitter": 0.0,
+            "dataset.rand_augment": 2,
+            "dataset.rand_augment_magnitude": 6.0,
+            "dataset.rand_augment_deviation": 0.5,
             "dataset.mixup": 0.1,
             "dataset.cutmix": 1.0,
             "batch_size": 2048,

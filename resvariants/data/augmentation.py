@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resvariants.data.rand_augment import rand_augment
 from resvariants.data.splits import Split, Stream
 from resvariants.errors import InputError, choose
 from resvariants.registers import Register, check_options
@@ -83,6 +84,9 @@ class Augmentation(NamedTuple):
       color_jitter: brightness, contrast and saturation each times 1 + U(-j, j).
       lighting: standard deviation of the factors of noise along the principal components of
         ImageNet's colours (Krizhevsky et al. 2012, 4.1).
+      rand_augment: operations on each image before all this, their magnitude and its deviation (see
+        `rand_augment`).
+      cutout: the side of the square that is left out after it, in pixels (see `cutout`).
       after: `(key, images) -> images`, what happens to the images that all this gives; or None.
     """
 
@@ -90,6 +94,8 @@ class Augmentation(NamedTuple):
     flip: bool = False
     color_jitter: float = 0.0
     lighting: float = 0.0
+    rand_augment: tuple[int, float, float] = (0, 0.0, 0.0)
+    cutout: int = 0
     after: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     def check(self, channels: int) -> None:
@@ -98,17 +104,23 @@ class Augmentation(NamedTuple):
             raise InputError(
                 "dataset.color_jitter and dataset.lighting are for images of three colours"
             )
+        if self.rand_augment[0] and channels not in (1, 3):
+            raise InputError("dataset.rand_augment is for grey images and those of three colours")
 
 
 def prepared(
     key: jax.Array, images: jax.Array, mean: jax.Array, scale: jax.Array, augmentation: Augmentation
 ) -> jax.Array:
     """Training images 0 to 255, (batch, height, width, channels), as a network gets them."""
-    crop_padding, flip, jitter, lighting, after = augmentation
+    crop_padding, flip, jitter, lighting, operations, side, after = augmentation
     images = images.astype(jnp.float32)
+    if operations[0]:
+        images = rand_augment(jax.random.fold_in(key, 0x2A4D), images, *operations)
     if jitter or lighting:
         images = 255 * recolour(jax.random.fold_in(key, 0xC0105), images / 255, jitter, lighting)
     images = augment(key, (images - mean) / scale, crop_padding, flip)
+    if side:
+        images = cutout(jax.random.fold_in(key, 0xC07), images, side)
     return images if after is None else after(jax.random.fold_in(key, 0xAF7E2), images)
 
 
@@ -141,8 +153,15 @@ def make_augmentation(dataset: Any, channels: int) -> Augmentation:
         function = choose("dataset.augmentation", dataset.augmentation, AUGMENTATIONS)
         check_options(f"augmentation {dataset.augmentation}", function, options)
         after = partial(function, **options)
+    operations = dataset.rand_augment, dataset.rand_augment_magnitude
     augmentation = Augmentation(
-        dataset.crop_padding, dataset.flip, dataset.color_jitter, dataset.lighting, after
+        dataset.crop_padding,
+        dataset.flip,
+        dataset.color_jitter,
+        dataset.lighting,
+        (*operations, dataset.rand_augment_deviation),
+        dataset.cutout,
+        after,
     )
     augmentation.check(channels)
     return augmentation
@@ -202,3 +221,21 @@ def augment(key: jax.Array, images: jax.Array, crop_padding: int, flip: bool) ->
         crop = partial(jax.lax.dynamic_slice, slice_sizes=(height, width, channels))
         images = jax.vmap(lambda image, y, x: crop(image, (y, x, 0)))(images, top, left)
     return images
+
+
+def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
+    """Zeros in a square of `side` pixels around any pixel of each image (DeVries & Taylor 2017).
+
+    images: (batch, height, width, channels), normalised, so that zero is the mean. What lies beyond
+    the edge is lost.
+    """
+    batch, height, width, _ = images.shape
+
+    def within(key, length):
+        low = jax.random.randint(key, (batch, 1), 0, length) - side // 2
+        places = jnp.arange(length)[None]
+        return (places >= low) & (places < low + side)
+
+    rows, columns = map(within, jax.random.split(key), (height, width))
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(inside, jnp.zeros((), images.dtype), images)

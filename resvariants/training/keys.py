@@ -59,6 +59,7 @@ ABOVE_0 = Kind("positive", lambda x: x > 0)
 NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
 PROBABILITY = Kind("from 0 to 1", lambda x: 0 <= x <= 1)
 ABOVE_0_TO_1 = Kind("above 0 and at most 1", lambda x: 0 < x <= 1)
+TEN = Kind("from 0 to 10", lambda x: 0 <= x <= 10)
 SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
 PERCENT = Kind("at least 0 and below 100", lambda x: 0 <= x < 100)
 SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
@@ -204,6 +205,28 @@ KEYS = (
         since="0.2",
     ),
     Key("dataset.augmentation_options", {}, OPTIONS, "its own", since="0.2"),
+    Key(
+        "dataset.rand_augment",
+        0,
+        NATURAL,
+        "so many of RandAugment's operations on each image, each left out half the time; 0 is off",
+        since="0.3",
+    ),
+    Key("dataset.rand_augment_magnitude", 9.0, TEN, "of those operations", since="0.3"),
+    Key(
+        "dataset.rand_augment_deviation",
+        0.5,
+        NOT_NEGATIVE,
+        "of normal noise added to the magnitude",
+        since="0.3",
+    ),
+    Key(
+        "dataset.cutout",
+        0,
+        NATURAL,
+        "the side of a square that is left out around any pixel of each image; 0 is off",
+        since="0.3",
+    ),
     Key(
         "dataset.mixup",
         0.0,

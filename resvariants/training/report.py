@@ -119,7 +119,10 @@ def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -
 
 def augmented(dataset: Any) -> bool:
     """Whether training images are changed at random, by the config's `dataset`."""
-    ways = ("crop_padding", "flip", "color_jitter", "lighting", "augmentation", "mixup", "cutmix")
+    ways = (
+        *("crop_padding", "flip", "color_jitter", "lighting", "augmentation"),
+        *("rand_augment", "cutout", "mixup", "cutmix"),
+    )
     return any(dataset[way] for way in ways)
 
 

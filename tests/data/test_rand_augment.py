@@ -1,0 +1,105 @@
+"""RandAugment's operations against Pillow's, and Cutout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from resvariants import InputError
+from resvariants.data.augmentation import Augmentation, cutout
+from resvariants.data.rand_augment import OPERATIONS, operate, rand_augment
+
+LEVELS = (7.3, -4.0, 10.0)
+
+
+def by_pillow(name, image, level):
+    """The operation as timm's "increasing" form calls it, by Pillow on an image of uint8."""
+    image = Image.fromarray(image.squeeze())
+    colours = len(image.getbands())
+    width, height = image.size
+    share = level / 10
+    grey = 128 if colours == 1 else (128,) * 3
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": grey}
+    lost = 8 - (4 - int(abs(share) * 4))
+    added = int(110 * abs(share))
+
+    def affine(*matrix):
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, **options)
+
+    def enhanced(enhance):
+        return enhance(image).enhance(max(0.1, 1 + 0.9 * share))
+
+    def each(function):
+        return image.point([function(value) for value in range(256)] * colours)
+
+    result = {
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "invert": lambda: ImageOps.invert(image),
+        "posterize": lambda: each(lambda value: value >> lost << lost),
+        "solarize": lambda: ImageOps.solarize(image, 256 - int(256 * abs(share))),
+        "solarize_add": lambda: each(lambda value: value + added * (value < 128)),
+        "brightness": lambda: enhanced(ImageEnhance.Brightness),
+        "contrast": lambda: enhanced(ImageEnhance.Contrast),
+        "color": lambda: enhanced(ImageEnhance.Color),
+        "sharpness": lambda: enhanced(ImageEnhance.Sharpness),
+        "rotate": lambda: image.rotate(30 * share, **options),
+        "shear_x": lambda: affine(1, 0.3 * share, 0, 0, 1, 0),
+        "shear_y": lambda: affine(1, 0, 0, 0.3 * share, 1, 0),
+        "translate_x": lambda: affine(1, 0, 0.45 * share * width, 0, 1, 0),
+        "translate_y": lambda: affine(1, 0, 0, 0, 1, 0.45 * share * height),
+    }[name]()
+    return np.asarray(result, float).reshape(height, width, colours)
+
+
+@pytest.fixture(scope="module")
+def operated():
+    return jax.jit(operate)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_pillows(name, colours, operated):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (24, 20, colours))
+    rows, columns = np.mgrid[:24, :20]
+    slope = 40 + (5 * rows + 3 * columns)[..., None] + rng.integers(0, 30, noise.shape)
+    for image in (noise.astype(np.uint8), np.minimum(slope, 255).astype(np.uint8)):
+        for level in LEVELS:
+            number = jnp.int32(OPERATIONS.index(name))
+            ours = operated(jnp.asarray(image, jnp.float32), number, jnp.float32(level))
+            off = np.abs(np.asarray(ours) - by_pillow(name, image, level))
+            # Pillow cuts off decimals of what it computes in other orders.
+            assert off.max() <= 1 and (off > 0).mean() < 0.1, (level, off.max())
+
+
+def test_every_image_has_draws_of_its_own_and_of_two_operations_a_quarter_does_nothing():
+    images = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 3)).repeat(512, 0)
+    images = jnp.asarray(images, jnp.float32)
+    apply = jax.jit(lambda key: rand_augment(key, images, 2, 9.0, 0.5))
+    found = np.asarray(apply(jax.random.key(0)))
+    np.testing.assert_array_equal(found, apply(jax.random.key(0)))
+    assert (found != apply(jax.random.key(1))).any((1, 2, 3)).mean() > 0.5
+    assert (found == np.round(found)).all() and found.min() >= 0 and found.max() <= 255
+    # Of 15, autocontrast may find nothing to stretch.
+    same = (found == images).all((1, 2, 3)).mean()
+    assert 0.18 < same < 0.36
+    assert len(np.unique(found.reshape(512, -1), axis=0)) > 200
+
+
+def test_cutout_leaves_out_a_square_that_the_edge_may_cut():
+    images = jnp.ones((300, 9, 12, 2))
+    found = np.asarray(jax.jit(lambda key: cutout(key, images, 4))(jax.random.key(0)))
+    left_out = found[..., 0] == 0
+    assert (left_out == (found[..., 1] == 0)).all() and np.isin(found, (0, 1)).all()
+    rows, columns = left_out.any(2), left_out.any(1)
+    np.testing.assert_array_equal(left_out, rows[:, :, None] & columns[:, None])
+    assert set(rows.sum(1)) == {2, 3, 4} and set(columns.sum(1)) == {2, 3, 4}
+    # Every pixel is as often the middle as any other.
+    assert (rows[:, 1:-1].sum(1) == 4).mean() == pytest.approx(4 / 9, abs=0.12)
+
+
+def test_images_of_other_kinds_are_refused():
+    with pytest.raises(InputError, match="grey images and those of three colours"):
+        Augmentation(rand_augment=(2, 9.0, 0.5)).check(2)

@@ -8,6 +8,7 @@ that its operation is not nothing changes, so that no branch depends on a draw.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 #: In the "increasing" form: the larger the magnitude, the further from the image.
 OPERATIONS = (
@@ -110,11 +111,13 @@ def _table(image, number, share):
     _, _, channels = image.shape
     same = jnp.broadcast_to(VALUES, (256, channels))
     degree, factor = jnp.abs(share), _factor(share)
-    low, high = image.min((0, 1))[None], image.max((0, 1))[None]
-    stretched = jnp.floor((same - low) * (255 / jnp.maximum(high - low, 1)) + 1e-3)
-    counts = (image[:, :, None] == VALUES[None, None]).sum((0, 1))  # of each value
-    dropped = 2.0 ** (8 - (4 - jnp.floor(4 * degree + 1e-4)))
     grey = jnp.floor(_grey(image).mean() + 0.5)
+    # Each once; XLA would compute them for every value again.
+    low, high, counts, grey = lax.optimization_barrier(
+        (image.min((0, 1))[None], image.max((0, 1))[None], _counts(image), grey)
+    )
+    stretched = jnp.floor((same - low) * (255 / jnp.maximum(high - low, 1)) + 1e-3)
+    dropped = 2.0 ** (8 - (4 - jnp.floor(4 * degree + 1e-4)))
     tables = {
         "autocontrast": jnp.where(high > low, stretched, same),
         "equalize": _equalized(counts, same),
@@ -128,6 +131,13 @@ def _table(image, number, share):
     for name, table in tables.items():
         same = jnp.where(_is(number, name), table, same)
     return jnp.clip(same, 0, 255)
+
+
+def _counts(image):
+    # Of each value, (256, channels).
+    pixels = image.reshape(-1, image.shape[-1]).astype(jnp.int32)
+    zeros = jnp.zeros((256, pixels.shape[1]), jnp.int32)
+    return zeros.at[pixels, jnp.arange(pixels.shape[1])[None]].add(1)
 
 
 def _equalized(counts, same):

@@ -63,6 +63,12 @@ def cosine(schedule, length, milestones):
     return optax.cosine_decay_schedule(schedule.learning_rate, length)
 
 
+@register_schedule("linear")
+def linear(schedule, length, milestones):
+    """From `schedule.learning_rate` to 0 along a line; with a linear warm-up, one cycle."""
+    return optax.linear_schedule(schedule.learning_rate, 0.0, length)
+
+
 def make_schedule(schedule, steps_per_epoch: float) -> tuple[optax.Schedule, int]:
     """The learning rate as a function of the step, and the number of steps.
 

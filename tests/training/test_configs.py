@@ -124,7 +124,7 @@ def test_every_call_gives_a_config_of_its_own(name):
         ("dataset.name", sets.DATA_SETS),
         ("dataset.normalisation", NORMALISATIONS),
         ("dataset.crop", ("random_sized", "scale_jitter")),
-        ("schedule.kind", ("piecewise", "cosine")),
+        ("schedule.kind", ("piecewise", "cosine", "linear")),
         ("schedule.unit", ("steps", "epochs")),
         ("schedule.warmup_kind", ("constant", "linear")),
         ("parallel", ("jit", "pmap")),
@@ -372,7 +372,17 @@ OURS = {
         "optimizer.weight_decay_parameters": "kernel$",
         "schedule.learning_rate": 0.1,
         "schedule.factor": 0.1,
-    }
+    },
+    "cifar10_fast": {
+        "dataset.name": "cifar10",
+        "dataset.crop_padding": 4,
+        "dataset.flip": True,
+        "batch_size": 128,
+        "schedule.kind": "linear",
+        "schedule.unit": "epochs",
+        "schedule.length": 10,
+        "schedule.warmup_kind": "linear",
+    },
 }
 # He et al. 2015, section 4.2: until the training error is below 80 %.
 WAITING = ("resnet110", "resnet110_b", "resnet1202", "resnet1202_b", "plain110")

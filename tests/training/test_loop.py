@@ -416,7 +416,7 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be .*below 1"),
         ({"optimizer.momentum": -3.0}, "momentum is -3.0"),
         ({"batch_size": 1440}, "exceeds the 1337 training images"),
-        ({"schedule.kind": "step"}, "allowed: cosine, piecewise"),
+        ({"schedule.kind": "step"}, "allowed: cosine, linear, piecewise"),
         ({"schedule.milestones": (30, 20)}, "follow each other"),
         ({"schedule.warmup_until_error": 80.0}, "excludes schedule.warmup 1"),
         ({"schedule.warmup_until_error": 100.0}, "is 100.0; it must be .*below 100"),

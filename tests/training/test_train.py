@@ -82,6 +82,13 @@ def test_a_cosine_falls_from_the_full_rate_towards_zero_over_the_steps_after_war
     np.testing.assert_allclose(rates(schedule, range(100)), expected, rtol=1e-4)
 
 
+def test_a_line_climbs_with_its_warmup_and_falls_to_zero():
+    config = schedule_config(kind="linear", length=100, warmup=20, warmup_kind="linear")
+    schedule, _ = make_schedule(config, 1.0)
+    expected = np.concatenate([np.linspace(0.01, 0.1, 21), np.linspace(0.1, 0, 81)[1:]])
+    np.testing.assert_allclose(rates(schedule, range(101)), expected, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("steps_per_epoch", [10.0, 12.5, 45_000 / 128])
 def test_epochs_become_steps(steps_per_epoch):
     config = schedule_config(unit="epochs", length=50, milestones=(30, 35), warmup=2)
@@ -135,7 +142,7 @@ def test_learning_rate_and_factor_are_the_configs():
     ("changes", "says"),
     [
         ({"unit": "hours"}, "unknown schedule.unit 'hours'; allowed: epochs, steps"),
-        ({"kind": "sine"}, "unknown schedule.kind 'sine'; allowed: cosine, piecewise"),
+        ({"kind": "sine"}, "unknown schedule.kind 'sine'; allowed: cosine, linear, piecewise"),
         ({"warmup_kind": "slow"}, "unknown schedule.warmup_kind 'slow'; allowed: constant, linear"),
         ({"length": 0}, "no step at all"),
         ({"length": -5}, "no step at all"),

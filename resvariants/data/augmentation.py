@@ -1,6 +1,6 @@
 """How are images normalised and augmented, on the device?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,14 +98,21 @@ class Augmentation(NamedTuple):
     cutout: int = 0
     after: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
-    def check(self, channels: int) -> None:
-        """Raises InputError if images of so many channels cannot be augmented like this."""
+    def check(self, image_shape: Sequence[int]) -> None:
+        """Raises InputError if images (height, width, channels) cannot be augmented like this."""
+        *sides, channels = image_shape
         if (self.color_jitter or self.lighting) and channels != 3:
             raise InputError(
                 "dataset.color_jitter and dataset.lighting are for images of three colours"
             )
         if self.rand_augment[0] and channels not in (1, 3):
             raise InputError("dataset.rand_augment is for grey images and those of three colours")
+        largest = 2 * max(sides) - 2
+        if self.cutout > largest:
+            raise InputError(
+                f"dataset.cutout {self.cutout} would leave nothing of images of {sides[0]} x"
+                f" {sides[1]} pixels; it may be up to {largest}"
+            )
 
 
 def prepared(
@@ -115,7 +122,7 @@ def prepared(
     crop_padding, flip, jitter, lighting, operations, side, after = augmentation
     images = images.astype(jnp.float32)
     if operations[0]:
-        images = rand_augment(jax.random.fold_in(key, 0x2A4D), images, *operations)
+        images = rand_augment(jax.random.fold_in(key, 0x2A4D), images, mean[0], *operations)
     if jitter or lighting:
         images = 255 * recolour(jax.random.fold_in(key, 0xC0105), images / 255, jitter, lighting)
     images = augment(key, (images - mean) / scale, crop_padding, flip)
@@ -139,8 +146,8 @@ def register_augmentation(name: str) -> Callable[[Callable], Callable]:
     return partial(AUGMENTATIONS.add, name)
 
 
-def make_augmentation(dataset: Any, channels: int) -> Augmentation:
-    """What the `dataset` part of a config says, for images of so many channels.
+def make_augmentation(dataset: Any, image_shape: Sequence[int]) -> Augmentation:
+    """What the `dataset` part of a config says, for images (height, width, channels).
 
     Raises:
       InputError: it cannot be done to them, or there is no augmentation or option of that name.
@@ -163,7 +170,7 @@ def make_augmentation(dataset: Any, channels: int) -> Augmentation:
         dataset.cutout,
         after,
     )
-    augmentation.check(channels)
+    augmentation.check(image_shape)
     return augmentation
 
 

@@ -18,12 +18,16 @@ OPERATIONS = (
 )
 PROBABILITY = 0.5  # of each operation that was drawn
 LARGEST = 10.0
-FILL = 128.0  # what comes in from outside of the image
 VALUES = np.arange(256.0, dtype=np.float32)[:, None]
 
 
 def rand_augment(
-    key: jax.Array, images: jax.Array, count: int, magnitude: float, deviation: float
+    key: jax.Array,
+    images: jax.Array,
+    fill: jax.Array,
+    count: int,
+    magnitude: float,
+    deviation: float,
 ) -> jax.Array:
     """`count` operations on each image, each drawn by itself and left out half the time.
 
@@ -32,6 +36,7 @@ def rand_augment(
 
     Args:
       images: (batch, height, width, 1 or 3), whole numbers from 0 to 255, of a float dtype.
+      fill: what comes in from outside of an image, such as the mean; broadcasts against it.
       magnitude: from 0 to `LARGEST`; `deviation` is that of the normal noise added to it.
     """
 
@@ -41,20 +46,21 @@ def rand_augment(
             level = magnitude + deviation * jax.random.normal(noise)
             level = jnp.clip(level, 0, LARGEST) * jax.random.rademacher(sign, dtype=jnp.float32)
             number = jax.random.randint(which, (), 0, len(OPERATIONS))
-            changed = operate(image, number, level)
+            changed = operate(image, number, level, fill)
             image = jnp.where(jax.random.bernoulli(whether, PROBABILITY), changed, image)
         return image
 
     return jax.vmap(augment)(jax.random.split(key, len(images)), images)
 
 
-def operate(image: jax.Array, number: jax.Array, level: jax.Array) -> jax.Array:
+def operate(image: jax.Array, number: jax.Array, level: jax.Array, fill: jax.Array) -> jax.Array:
     """Operation `OPERATIONS[number]` on an image (height, width, channels).
 
     `level` is the magnitude, and its sign the direction of operations that have two.
     """
     share = level / LARGEST
-    image = _warped(image, *_affine(number, share, image.shape))
+    matrix, offset = _affine(number, share, image.shape)
+    image = _warped(image, matrix, offset, jnp.round(fill))
     table = _table(image, number, share)
     image = jax.vmap(lambda values, x: values[x], (1, 2), 2)(table, image.astype(jnp.int32))
     return _blended(image, number, share)
@@ -85,7 +91,7 @@ def _affine(number, share, shape):
     return matrix, turned + jnp.where(moved, shift, 0)
 
 
-def _warped(image, matrix, offset):
+def _warped(image, matrix, offset, fill):
     # Bilinear between the centres of pixels; from the outermost to the edge nothing changes.
     height, width, _ = image.shape
     places = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
@@ -103,7 +109,7 @@ def _warped(image, matrix, offset):
     upper = (1 - wx) * at(y, x) + wx * at(y, x + 1)
     lower = (1 - wx) * at(y + 1, x) + wx * at(y + 1, x + 1)
     mixed = jnp.floor((1 - wy) * upper + wy * lower + 1e-3)
-    return jnp.where(inside[..., None], mixed, FILL)
+    return jnp.where(inside[..., None], mixed, fill)
 
 
 def _table(image, number, share):

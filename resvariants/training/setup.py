@@ -193,7 +193,7 @@ def _build(config):
     steps_per_epoch = training.size / config.batch_size
     schedule, total_steps, optimizer = make_optimization(config, steps_per_epoch)
     channels = data_set.image_shape[-1]
-    augmentation = make_augmentation(dataset, channels)
+    augmentation = make_augmentation(dataset, data_set.image_shape)
     if augmentation.after is not None:
         what = f"augmentation {dataset.augmentation}"
         made(what, _check_augmentation, augmentation.after, data_set.image_shape)

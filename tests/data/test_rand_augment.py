@@ -11,6 +11,7 @@ from resvariants.data.augmentation import Augmentation, cutout
 from resvariants.data.rand_augment import OPERATIONS, operate, rand_augment
 
 LEVELS = (7.3, -4.0, 10.0)
+FILL = jnp.full((1, 1, 1), 128.0)
 
 
 def by_pillow(name, image, level):
@@ -68,7 +69,7 @@ def test_an_operation_is_pillows(name, colours, operated):
     for image in (noise.astype(np.uint8), np.minimum(slope, 255).astype(np.uint8)):
         for level in LEVELS:
             number = jnp.int32(OPERATIONS.index(name))
-            ours = operated(jnp.asarray(image, jnp.float32), number, jnp.float32(level))
+            ours = operated(jnp.asarray(image, jnp.float32), number, jnp.float32(level), FILL)
             off = np.abs(np.asarray(ours) - by_pillow(name, image, level))
             # Pillow cuts off decimals of what it computes in other orders.
             assert off.max() <= 1 and (off > 0).mean() < 0.1, (level, off.max())
@@ -77,7 +78,7 @@ def test_an_operation_is_pillows(name, colours, operated):
 def test_every_image_has_draws_of_its_own_and_of_two_operations_a_quarter_does_nothing():
     images = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 3)).repeat(512, 0)
     images = jnp.asarray(images, jnp.float32)
-    apply = jax.jit(lambda key: rand_augment(key, images, 2, 9.0, 0.5))
+    apply = jax.jit(lambda key: rand_augment(key, images, FILL, 2, 9.0, 0.5))
     found = np.asarray(apply(jax.random.key(0)))
     np.testing.assert_array_equal(found, apply(jax.random.key(0)))
     assert (found != apply(jax.random.key(1))).any((1, 2, 3)).mean() > 0.5
@@ -102,4 +103,7 @@ def test_cutout_leaves_out_a_square_that_the_edge_may_cut():
 
 def test_images_of_other_kinds_are_refused():
     with pytest.raises(InputError, match="grey images and those of three colours"):
-        Augmentation(rand_augment=(2, 9.0, 0.5)).check(2)
+        Augmentation(rand_augment=(2, 9.0, 0.5)).check((8, 8, 2))
+    with pytest.raises(InputError, match="nothing of images of 8 x 6 pixels; it may be up to 14"):
+        Augmentation(cutout=15).check((8, 6, 1))
+    Augmentation(cutout=14).check((8, 6, 1))

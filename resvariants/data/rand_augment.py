@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020) on the device, its operations those of timm, as Pillow does them.
 
 Every operation is one of three things: an affine map, a table of what becomes of each value, or a
-blend of the image and another one made of it. All three are applied to every image, and of those
-that its operation is not nothing changes, so that no branch depends on a draw.
+blend of the image and another one made of it. All three are made of every image, and one is taken,
+so that no branch depends on a draw.
 """
 
 import jax
@@ -60,10 +60,13 @@ def operate(image: jax.Array, number: jax.Array, level: jax.Array, fill: jax.Arr
     """
     share = level / LARGEST
     matrix, offset = _affine(number, share, image.shape)
-    image = _warped(image, matrix, offset, jnp.round(fill))
+    # Of the image itself each, not of one another: XLA would compute some of it again and again.
+    warped = _warped(image, matrix, offset, jnp.round(fill))
+    blended = _blended(image, number, share)
     table = _table(image, number, share)
-    image = jax.vmap(lambda values, x: values[x], (1, 2), 2)(table, image.astype(jnp.int32))
-    return _blended(image, number, share)
+    found = jax.vmap(lambda values, x: values[x], (1, 2), 2)(table, image.astype(jnp.int32))
+    image = jnp.where(number < OPERATIONS.index("color"), found, blended)
+    return jnp.where(number < OPERATIONS.index("rotate"), image, warped)
 
 
 def _is(number, name):

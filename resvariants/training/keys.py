@@ -6,9 +6,6 @@ limits and no explanations, and nothing of what stands in a file.)
 """
 
 import json
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -20,9 +17,31 @@ from ml_collections.config_dict import placeholder
 from resvariants import registers
 from resvariants.data.augmentation import AUGMENTATIONS, NORMALISATIONS
 from resvariants.data.sets import DATA_SETS
-from resvariants.errors import InputError, check_choice
+from resvariants.errors import InputError
 from resvariants.networks.gates import SURVIVAL_DRAWS, SURVIVAL_SCHEDULES
 from resvariants.networks.stage import REMAT
+from resvariants.training.kinds import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    COUNT,
+    FLAG,
+    NAMES,
+    NATURAL,
+    NOT_NEGATIVE,
+    NUMBER,
+    NUMBERS,
+    OPTIONS,
+    PERCENT,
+    POSITIVE,
+    PROBABILITY,
+    SCHEDULED,
+    SEED,
+    SHARE,
+    TEN,
+    TEXT,
+    Key,
+    Kind,
+)
 from resvariants.training.losses import LOSSES
 from resvariants.training.optimizer import OPTIMIZERS, SCHEDULES, UNITS, WARMUPS
 from resvariants.training.parallel import MODES
@@ -31,85 +50,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CROPS = ("random_sized", "scale_jitter")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What values a key may have, in words and as a test."""
-
-    words: str
-    allows: Callable[[Any], bool]
-
-
-def _positive(x):
-    return isinstance(x, int) and x > 0
-
-
-def _natural(x):
-    return isinstance(x, int) and x >= 0
-
-
-TEXT = Kind("text", lambda x: isinstance(x, str))
-FLAG = Kind("True or False", lambda x: isinstance(x, bool))
-NUMBER = Kind("a number", lambda x: isinstance(x, int | float))
-NUMBERS = Kind("a list of numbers", lambda x: all(isinstance(n, int | float) for n in x))
-NAMES = Kind("a list of names", lambda x: all(isinstance(name, str) for name in x))
-COUNT = Kind("a positive whole number", _positive)
-NATURAL = Kind("a whole number, at least 0", _natural)
-POSITIVE = Kind("positive and finite", lambda x: 0 < x < math.inf)
-ABOVE_0 = Kind("positive", lambda x: x > 0)
-NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
-PROBABILITY = Kind("from 0 to 1", lambda x: 0 <= x <= 1)
-ABOVE_0_TO_1 = Kind("above 0 and at most 1", lambda x: 0 < x <= 1)
-TEN = Kind("from 0 to 10", lambda x: 0 <= x <= 10)
-SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)
-PERCENT = Kind("at least 0 and below 100", lambda x: 0 <= x < 100)
-SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
 DATA_SET = Kind(", ".join(DATA_SETS) + ", or one of your own", lambda x: isinstance(x, str))
-OPTIONS = Kind("options by name", lambda x: isinstance(x, Mapping | ConfigDict))
-#: `make_schedule` checks how they fit each other.
-SCHEDULED = Kind("a number of steps or epochs", lambda x: isinstance(x, int | float))
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a config.
-
-    Attributes:
-      name: with dots between its parts.
-      default: the type stands for None, with which the key is not set; values are of that type.
-      kind: what values it may have, or the names it may have.
-      text: what it means.
-      execution: it changes no result, so that a run may go on with another value.
-      since: the version that brought it; configs of earlier ones mean the default.
-    """
-
-    name: str
-    default: Any
-    kind: Kind | Collection[str]
-    text: str
-    execution: bool = False
-    since: str = ""
-
-    @property
-    def allowed(self) -> str:
-        """What values it may have, in words."""
-        words = self.kind.words if isinstance(self.kind, Kind) else ", ".join(self.kind)
-        return f"{words}, or None" if isinstance(self.default, type) else words
-
-    def check(self, value: Any) -> None:
-        """Raises InputError if it may not have `value`."""
-        if value is None and isinstance(self.default, type):
-            return
-        if not isinstance(self.kind, Kind):
-            if value != self.default:
-                check_choice(self.name, value, self.kind)
-            return
-        try:
-            sound = self.kind.allows(value)
-        except TypeError:
-            sound = False
-        if not sound:
-            raise InputError(f"{self.name} is {value!r}; it must be {self.kind.words}")
-
 
 # The order is that of `config.json`.
 KEYS = (
@@ -243,13 +184,7 @@ KEYS = (
     ),
     Key("dataset.mix_probability", 1.0, PROBABILITY, "of mixing a batch at all", since="0.3"),
     Key("dataset.image_size", 224, COUNT, "the side of streamed images, as the keys below are"),
-    Key(
-        "dataset.eval_image_size",
-        int,
-        COUNT,
-        "the same in evaluation; None: as in training",
-        since="0.3",
-    ),
+    Key("dataset.eval_image_size", int, COUNT, "in evaluation; None: as in training", since="0.3"),
     Key(
         "dataset.eval_crop",
         0.875,

@@ -1,5 +1,6 @@
 """Eight virtual devices, and JAX's strictest settings, for every test."""
 
+import gc
 import os
 import sys
 
@@ -22,6 +23,15 @@ sys.path.insert(0, str(ROOT))  # for configs/
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The steps of whole runs, as QUICKLY has them.
 compiler_options()["xla_backend_optimization_level"] = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_stays():
+    """What a file's tests have traced and compiled no other file asks for; it would only slow down
+    the garbage collector, which goes through all of it again and again."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

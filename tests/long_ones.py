@@ -34,6 +34,8 @@ LONG = {
         test_lesions_of_a_densenet_are_refused
         test_a_network_trained_on_short_paths_stands_beside_the_full_one
         test_programs_know_parts_of_ones_own_by_their_module
+        test_responses_and_growth_report
+        test_an_imported_network_is_studied_on_images_from_disk
     """,
     "networks/test_classic.py": """
         test_googlenet_equals_the_reference[True]
@@ -95,11 +97,13 @@ LONG = {
     "training/test_faults.py": """
         test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits[during_an_evaluation]
         test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits[during_compilation]
+        test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits[during_a_save]
         test_a_clock_that_jumps_changes_nothing
     """,
     "training/test_loop.py": """
         test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics[pmap]
         test_compiled_programs_are_taken_from_the_cache
+        test_a_warmup_that_waits_for_the_error_is_told_and_resumed_to_the_same_bits
         test_tensorboard_shows_every_row_once_after_a_resume
         test_the_program_refuses_in_one_message[arguments2-invalid literal for int]
         test_the_program_refuses_in_one_message[arguments3-20 (n=3) or 26 (n=4)]
@@ -112,6 +116,7 @@ LONG = {
     """,
     "training/test_statistics.py": """
         test_evaluation_with_them_gives_the_figures_of_a_run_that_had_them
+        test_streamed_images_count_at_their_centre_and_batches_with_a_damaged_one_do_not
     """,
     "weights/test_weights.py": """
         test_imported_weights_make_a_workdir_for_every_program

@@ -176,7 +176,7 @@ def test_augmentations_of_ones_own_come_last_and_follow_seed_and_step(own_parts)
             r"unknown dataset\.augmentation 'blur'; allowed: my_noise",
         ),
         ("optimizer.name", "sgdd", r"unknown optimizer\.name 'sgdd'; allowed: adamw, lamb, lars"),
-        ("schedule.kind", "step", r"unknown schedule\.kind 'step'; allowed: cosine, linear, my_decay"),
+        ("schedule.kind", "step", r"schedule\.kind 'step'; allowed: cosine, linear, my_decay"),
         ("model.options", 3, r"model\.options is 3; it must be options by name"),
     ],
 )

@@ -24,6 +24,7 @@ LONG = {
     "docs/test_docs.py": """
         test_snippets_run[dense_prediction]
         test_snippets_run[derivatives]
+        test_snippets_run[your_own]
     """,
     "experiments/test_benchmark.py": """
         test_it_runs_where_there_is_little
@@ -77,6 +78,8 @@ LONG = {
     """,
     "networks/test_forms.py": """
         test_every_form_computes_the_same[pooling stem]
+        test_every_form_computes_the_same[DenseNet]
+        test_every_form_computes_the_same[slots]
     """,
     "networks/test_gates.py": """
         test_skipped_blocks_are_those_whose_residual_is_nothing[original-sqrt]
@@ -86,6 +89,9 @@ LONG = {
         test_skipped_blocks_are_those_whose_residual_is_nothing[scaled shortcut-sqrt]
         test_every_kind_of_block_can_be_dropped[resnext29_2x64d]
         test_every_kind_of_block_can_be_dropped[resnet1202]
+    """,
+    "networks/test_resnext.py": """
+        test_the_forms_compute_the_same_function_and_gradients[a]
     """,
     "training/test_draws.py": """
         test_steps_in_slots_are_those_with_conditionals[pre-activation]
@@ -99,6 +105,8 @@ LONG = {
         test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits[during_compilation]
         test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits[during_a_save]
         test_a_clock_that_jumps_changes_nothing
+        test_a_signal_to_all_of_a_runs_processes_lets_it_save
+        test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status
     """,
     "training/test_loop.py": """
         test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics[pmap]
@@ -112,10 +120,12 @@ LONG = {
     "training/test_parallel.py": """
         test_devices_with_synchronised_statistics_agree_with_one_device[float32-constant depth]
         test_devices_agree_on_when_the_training_error_has_fallen
+        test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_global_ones
         test_a_memory_efficient_densenet_agrees_between_modes
     """,
     "training/test_statistics.py": """
         test_evaluation_with_them_gives_the_figures_of_a_run_that_had_them
+        test_a_run_that_is_stopped_around_them_ends_with_the_same_bits
         test_streamed_images_count_at_their_centre_and_batches_with_a_damaged_one_do_not
     """,
     "weights/test_weights.py": """

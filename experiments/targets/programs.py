@@ -159,8 +159,11 @@ def compile_evaluation(program: Program, batch_size: int) -> Compiled:
     """
     parallel, dataset = program.parallel, program.config.dataset
     crops = (CROPS,) if program.streamed and dataset.ten_crop else ()
+    height, width, channels = program.image_shape
+    if dataset.eval_image_size:
+        height = width = dataset.eval_image_size
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *crops, *program.image_shape), jnp.float32),
+        "image": jax.ShapeDtypeStruct((batch_size, *crops, height, width, channels), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((batch_size,), bool),
     }

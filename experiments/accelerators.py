@@ -32,7 +32,7 @@ os.environ.update(
 
 from benchmarks.stock import PEERS, peer
 from common.commandline import make_parser, run
-from common.recipes import folder, recipe
+from common.recipes import add_output_arguments, recipe
 from resvariants import InputError
 from resvariants.data import sets
 from resvariants.training import keys
@@ -100,7 +100,7 @@ def arguments() -> Namespace:
     )
     parser.add_argument("--dump", action="store_true", help="keep the programs' texts in OUT/hlo")
     parser.add_argument("--data_dir", help="of an image_folder, whose classes are counted")
-    parser.add_argument("--out", type=folder, required=True, help="folder of the report")
+    add_output_arguments(parser)
     args, rest = parser.parse_known_args()
     for argument in rest:
         given = re.fullmatch(r"--config\.([\w.]+=.*)", argument)
@@ -224,7 +224,7 @@ def main() -> None:
                 path = args.out / "hlo" / re.sub(r"[^\w.,=+-]", "_", name)
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(found.text)
-            write(args.out, rows, largest, quiet=True)
+            write(args.out, rows, largest, vector=False, quiet=True)
         if args.largest_batch:
             print("  the largest batch:", flush=True)
             row = {"network": label, "form": form, "target": target.spec}
@@ -233,7 +233,7 @@ def main() -> None:
             except Refused as refused:
                 row |= {"batch": None, "says": str(refused)}
             largest.append(row)
-    write(args.out, rows, largest, quiet=False)
+    write(args.out, rows, largest, vector=args.vector, quiet=False)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 from common.commandline import keys, make_parser, run
 from common.paper_recipes import changed_keys
 from common.recipes import add_training_arguments, chosen_networks
-from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
+from common.reports import budget, draw_curves, mean_and_deviation, table, write_report
 from common.runs import Finished
 from resvariants.training.keys import EXECUTION_KEYS
-from resvariants.training.report import plot_curves, reported_errors
+from resvariants.training.report import reported_errors
 
 MISSION = [
     "resnet110",
@@ -96,11 +96,11 @@ def differences(networks: dict[str, list[Finished]]) -> list[str]:
     return ["", "Configurations differ in", "", *table(["key", *configs], rows)] if rows else []
 
 
-def compare(networks: dict[str, list[Finished]], out: Path, notes: Sequence[str] = ()) -> None:
+def compare(
+    networks: dict[str, list[Finished]], out: Path, vector: bool, notes: Sequence[str] = ()
+) -> None:
     """Writes `report.md`, with `notes` at its end, and `curves.png` to `out`."""
-    figure, ((axes,),) = new_figure()
-    plot_curves(axes, {name: [r.rows for r in runs] for name, runs in networks.items()})
-    save_figure(figure, out / "curves.png")
+    draw_curves(networks, out / "curves.png", vector)
     lines = ["# Comparison", "", budget(networks), "", *results_table(networks), ""]
     lines += ["![learning curves](curves.png)", *differences(networks), *notes]
     write_report(out / "report.md", lines)
@@ -111,7 +111,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_training_arguments(parser, MISSION)
     args = parser.parse_args()
-    compare(chosen_networks(args), args.out)
+    compare(chosen_networks(args), args.out, args.vector)
 
 
 if __name__ == "__main__":

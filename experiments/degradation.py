@@ -21,9 +21,8 @@ from common.recipes import add_training_arguments, recipe, train_networks
 from common.reports import (
     Remembered,
     budget,
+    draw_curves,
     mean_and_deviation,
-    new_figure,
-    save_figure,
     table,
     write_report,
 )
@@ -32,7 +31,7 @@ from resvariants import InputError, create_model
 from resvariants.analysis.deepening import deepen
 from resvariants.analysis.responses import make_layer_gradients
 from resvariants.training import evaluation, loop
-from resvariants.training.report import plot_curves
+from resvariants.training.figures import new_figure, save_figure, title
 from resvariants.training.setup import Setup, set_up
 from resvariants.training.step import TrainState
 from resvariants.training.workdir import Workdir
@@ -127,29 +126,19 @@ def gradients_by_step(found: Finished) -> dict[str, list[float]]:
     }
 
 
-def draw_curves(networks: dict[str, list[Finished]], args: argparse.Namespace) -> None:
-    """`curves.png`: plain networks on the left, residual ones on the right."""
-    figure, (axes,) = new_figure(2)
-    for axis, family in zip(axes, ("plain", "resnet"), strict=True):
-        chosen = {f"{family}{depth}": networks[f"{family}{depth}"] for depth in args.depths}
-        plot_curves(axis, {name: [r.rows for r in runs] for name, runs in chosen.items()})
-    top = max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
-        axis.set_ylim(0, top)
-    save_figure(figure, args.out / "curves.png")
-
-
 def draw_gradients(untrained: dict, in_training: dict, args: argparse.Namespace) -> None:
     """`initial.png`: before training, by depth; `training.png`: of the deepest, by step."""
     import matplotlib
 
-    figure, (axes,) = new_figure(len(FAMILIES))
+    figure, axes = new_figure(len(FAMILIES))
     for axis, family in zip(axes, FAMILIES, strict=True):
         for depth in args.gradient_depths:
-            sizes = untrained[f"{family}{depth}"]
-            axis.semilogy(np.linspace(0, 1, len(sizes)), sizes, label=f"{family}{depth}")
-    _finish(figure, axes, args.out / "initial.png")
-    figure, (axes,) = new_figure(len(FAMILIES))
+            name = f"{family}{depth}"
+            share = np.linspace(0, 1, len(untrained[name]))
+            axis.semilogy(share, untrained[name], label=title(name))
+        axis.set_title("before training")
+    _finish(figure, axes, args.out / "initial.png", args.vector)
+    figure, axes = new_figure(len(FAMILIES))
     for axis, family in zip(axes, FAMILIES, strict=True):
         name = f"{family}{args.depths[-1]}"
         by_step = in_training[name]
@@ -157,21 +146,21 @@ def draw_gradients(untrained: dict, in_training: dict, args: argparse.Namespace)
         chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 6)})
         for place, i in enumerate(chosen):
             sizes = by_step[steps[i]]
-            color = matplotlib.colormaps["viridis"](place / max(1, len(chosen) - 1))
+            shade = matplotlib.colormaps["viridis"](place / max(1, len(chosen) - 1))
             share = np.linspace(0, 1, len(sizes))
-            axis.semilogy(share, sizes, color=color, label=f"step {steps[i]}")
-        axis.set_title(name)
-    _finish(figure, axes, args.out / "training.png")
+            axis.semilogy(share, sizes, color=shade, label=f"step {int(steps[i]):,}")
+        axis.set_title(title(name))
+    _finish(figure, axes, args.out / "training.png", args.vector)
 
 
-def _finish(figure, axes, path):
+def _finish(figure, axes, path, vector):
     low = min(axis.get_ylim()[0] for axis in axes)
     high = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:
         axis.set(ylim=(low, high), xlabel="convolution, as a share of depth")
         axis.legend(fontsize="small")
     axes[0].set_ylabel("mean |gradient|")
-    save_figure(figure, path)
+    save_figure(figure, path, vector)
 
 
 def _rate(sizes):
@@ -240,7 +229,8 @@ def main() -> None:
         )
         for name in networks
     }
-    draw_curves(networks, args)
+    both = {name: runs for name, runs in networks.items() if not name.startswith("preact")}
+    draw_curves(both, args.out / "curves.png", args.vector)
     draw_gradients(untrained, in_training, args)
 
     lines = ["# Degradation", "", budget(networks), "", "## Errors by depth", ""]

@@ -14,8 +14,9 @@ import numpy as np
 
 from common.commandline import make_parser, run
 from common.recipes import add_training_arguments, train_networks
-from common.reports import budget, mean_and_deviation, new_figure, save_figure, table, write_report
+from common.reports import budget, mean_and_deviation, table, write_report
 from resvariants.networks.summary import summarise
+from resvariants.training.figures import new_figure, save_figure
 from resvariants.training.setup import set_up
 
 # A laptop's: the cost of the cardinalities is equal within 5 %.
@@ -49,7 +50,7 @@ def main() -> None:
     groups = PAPERS_GROUPS if args.papers else GROUPS
     networks = train_networks(list(dict.fromkeys(chain.from_iterable(groups.values()))), args)
 
-    figure, ((axes,),) = new_figure()
+    figure, (axes,) = new_figure()
     lines = ["# Growth", "", budget(networks), ""]
     rows = []
     for group, names in groups.items():
@@ -75,7 +76,7 @@ def main() -> None:
     axes.set(xlabel="parameters", ylabel="test error (%)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
-    save_figure(figure, args.out / "parameters.png")
+    save_figure(figure, args.out / "parameters.png", args.vector)
     header = ["group", "network", "parameters", "multiply-adds", "step ms"]
     lines += table([*header, "training error", "test error"], rows)
     lines += [

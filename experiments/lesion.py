@@ -20,12 +20,13 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from common.commandline import make_parser, run
-from common.recipes import folder
-from common.reports import Remembered, new_figure, progress, save_figure, table, write_report
+from common.recipes import add_output_arguments
+from common.reports import Remembered, progress, table, write_report
 from common.runs import Loaded, load_run
 from resvariants import InputError
 from resvariants.analysis import lesions
 from resvariants.analysis.lesions import count_blocks, first_blocks, make_errors
+from resvariants.training.figures import color, new_figure, save_figure, titles
 from resvariants.training.step import eval_step
 
 
@@ -95,35 +96,35 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     }
 
 
-def draw(results: dict[str, dict], out: Path) -> None:
-    """`single.png`, `many.png` and `swaps.png`, all networks in each."""
+def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: bool) -> None:
+    """`single.png`, `many.png` and `swaps.png`, all networks in each by their `names`."""
 
     def figure(name, xlabel, plot):
-        drawn, ((axes,),) = new_figure()
-        for color, (label, result) in enumerate(results.items()):
-            plot(axes, f"C{color}", label, result)
+        drawn, (axes,) = new_figure()
+        for number, (run_name, result) in enumerate(results.items()):
+            plot(axes, color(number), names[run_name], result)
         axes.set(xlabel=xlabel, ylabel="test error (%)", ylim=(0, 100))
         if axes.has_data():  # not every net has blocks to swap
             axes.legend()
-        save_figure(drawn, out / name)
+        save_figure(drawn, out / name, vector)
 
-    def single(axes, color, label, result):
+    def single(axes, colour, label, result):
         share = (np.arange(len(result["single"])) + 0.5) / len(result["single"])
-        axes.plot(share, result["single"], ".-", color=color, label=label)
-        axes.axhline(result["baseline"], color=color, linewidth=0.8, linestyle=":")
+        axes.plot(share, result["single"], ".-", color=colour, label=label)
+        axes.axhline(result["baseline"], color=colour, linewidth=0.8, linestyle=":")
         edges = result["edges"]
         at = np.asarray(result["single"])[edges]
-        axes.plot(share[edges], at, "v", color=color, markersize=8, fillstyle="none")
+        axes.plot(share[edges], at, "v", color=colour, markersize=8, fillstyle="none")
 
-    def many(axes, color, label, result):
+    def many(axes, colour, label, result):
         means = [statistics.mean(errors) for errors in result["many"].values()]
         low, high = zip(*((min(e), max(e)) for e in result["many"].values()), strict=True)
-        axes.plot(list(result["many"]), means, ".-", color=color, label=label)
-        axes.fill_between(list(result["many"]), low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(list(result["many"]), means, ".-", color=colour, label=label)
+        axes.fill_between(list(result["many"]), low, high, color=colour, alpha=0.15, linewidth=0)
 
-    def swaps(axes, color, label, result):
+    def swaps(axes, colour, label, result):
         if result["swaps"]:
-            axes.plot(*zip(*result["swaps"], strict=True), ".", color=color, label=label)
+            axes.plot(*zip(*result["swaps"], strict=True), ".", color=colour, label=label)
 
     figure("single.png", "deleted block, as a share of depth (triangles: first of a stage)", single)
     figure("many.png", "deleted blocks", many)
@@ -188,7 +189,7 @@ def main() -> None:
     """Reads the command line and studies each run."""
     parser = make_parser(__doc__)
     parser.add_argument("--workdirs", nargs="+", required=True, help="finished runs")
-    parser.add_argument("--out", type=folder, required=True, help="folder of the report")
+    add_output_arguments(parser)
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
     parser.add_argument("--images", type=int, default=2000, help="of the test set")
     parser.add_argument(
@@ -204,7 +205,8 @@ def main() -> None:
         count_blocks(run_.model)  # raises where there are none
     remember = Remembered(args.out / "lesions.jsonl")
     results = {run_.name: study(run_, remember, args) for run_ in runs}
-    draw(results, args.out)
+    names = titles({run_.name: run_.config for run_ in runs})
+    draw(results, names, args.out, args.vector)
     report(results, args)
 
 

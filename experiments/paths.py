@@ -20,21 +20,14 @@ import numpy as np
 from scipy.stats import binom, linregress
 
 from common.commandline import make_parser, run
-from common.recipes import folder
-from common.reports import (
-    Remembered,
-    budget,
-    new_figure,
-    progress,
-    save_figure,
-    table,
-    write_report,
-)
+from common.recipes import add_output_arguments
+from common.reports import Remembered, budget, progress, table, write_report
 from common.runs import batches_of, load_run, read_run
 from resvariants import InputError
 from resvariants.analysis.lesions import make_errors, residual_scales
 from resvariants.analysis.paths import make_path_gradients
 from resvariants.training import loop
+from resvariants.training.figures import new_figure, save_figure, title
 from resvariants.training.workdir import read_config
 
 
@@ -50,19 +43,20 @@ def shortest_range(contributions: np.ndarray, share: float) -> tuple[int, int]:
     return min(ranges)[1:]
 
 
-def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, path: Path) -> None:
-    """Three figures side by side, as figure 6 of the paper."""
-    figure, (axes,) = new_figure(3)
+def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, name: str):
+    """Three figures side by side, as figure 6 of the paper, of the network `name`."""
+    figure, axes = new_figure(3)
+    figure.suptitle(title(name))
     axes[0].plot(counts, ".-", markersize=3)
-    axes[0].set(title="paths", xlabel="length", ylabel="share of all paths")
+    axes[0].set(title="paths", xlabel="length (blocks)", ylabel="share of all paths")
     axes[1].semilogy(norms.mean(axis=1), ".-", markersize=3)
     axes[1].fill_between(
         range(len(norms)), *np.quantile(norms, [0.1, 0.9], axis=1), alpha=0.2, linewidth=0
     )
-    axes[1].set(title="gradient at the images (10 to 90 %)", xlabel="length", ylabel="norm")
+    axes[1].set(title="gradient at the images, 10 to 90 %", xlabel="length (blocks)", ylabel="norm")
     axes[2].plot(contributions / contributions.sum(), ".-", markersize=3)
-    axes[2].set(title="contribution", xlabel="length", ylabel="share of the total")
-    save_figure(figure, path)
+    axes[2].set(title="contribution", xlabel="length (blocks)", ylabel="share of the total")
+    return figure
 
 
 def train_effective(args: argparse.Namespace, total: int) -> list[str]:
@@ -111,7 +105,7 @@ def main() -> None:
     """Reads the command line and studies the run."""
     parser = make_parser(__doc__)
     parser.add_argument("--workdir", required=True, help="a finished run of a residual network")
-    parser.add_argument("--out", type=folder, required=True, help="folder of the report")
+    add_output_arguments(parser)
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
     parser.add_argument("--images", type=int, default=128, help="of a measurement's batch")
     parser.add_argument(
@@ -152,7 +146,8 @@ def main() -> None:
     lengths = np.repeat(np.arange(total + 1), args.samples)
     positive = norms.ravel() > 0
     fit = linregress(lengths[positive], np.log10(norms.ravel()[positive]))
-    draw(norms, counts, contributions, args.out / "paths.png")
+    figure = draw(norms, counts, contributions, studied.config.model.name)
+    save_figure(figure, args.out / "paths.png", args.vector)
     held = counts[first : last + 1].sum()
     lines = [
         "# Gradients by path length",

@@ -14,10 +14,11 @@ import numpy as np
 
 from common.commandline import make_parser, run
 from common.recipes import add_training_arguments, chosen_networks
-from common.reports import budget, new_figure, save_figure, table, write_report
+from common.reports import budget, table, titles_of, write_report
 from common.runs import Finished, batches_of, trained
 from resvariants import InputError
 from resvariants.analysis.responses import make_layer_responses
+from resvariants.training.figures import new_figure, save_figure
 
 MODELS = ["plain20", "plain56", "resnet20", "resnet56", "resnet110"]
 
@@ -41,16 +42,17 @@ def main() -> None:
     networks = chosen_networks(args, make_layer_responses)
     found = {name: [responses(run_, args) for run_ in runs] for name, runs in networks.items()}
 
-    figure, (axes,) = new_figure(2)
+    figure, axes = new_figure(2)
+    titles = titles_of(networks)
     for name, of_seeds in found.items():
         mean = np.mean(of_seeds, axis=0)
         style = "--" if networks[name][0].config.model.name.startswith("plain") else "-"
-        axes[0].plot(mean, style, label=name)
-        axes[1].plot(np.sort(mean)[::-1], style, label=name)
+        axes[0].plot(mean, style, label=titles[name])
+        axes[1].plot(np.sort(mean)[::-1], style, label=titles[name])
     axes[0].set(xlabel="layer", ylabel="standard deviation of its response")
     axes[1].set(xlabel="layer, sorted by response")
     axes[1].legend(fontsize="small")
-    save_figure(figure, args.out / "responses.png")
+    save_figure(figure, args.out / "responses.png", args.vector)
 
     rows = []
     for name, of_seeds in found.items():

@@ -23,10 +23,10 @@ from common.recipes import add_training_arguments, train_networks
 from common.reports import (
     Remembered,
     budget,
+    draw_curves,
     mean_and_deviation,
-    new_figure,
-    save_figure,
     table,
+    titles_of,
     write_report,
 )
 from common.runs import Finished, batches_of, trained, variables_by_step
@@ -35,7 +35,7 @@ from resvariants.analysis.lesions import is_residual
 from resvariants.analysis.responses import make_layer_gradients
 from resvariants.data.sets import find
 from resvariants.networks.gates import SURVIVAL_SCHEDULES, survival_probabilities
-from resvariants.training.report import plot_curves
+from resvariants.training.figures import new_figure, save_figure
 from resvariants.training.setup import set_up
 
 DRAWS = 16
@@ -84,7 +84,7 @@ def step_seconds(specs: list[str], networks: dict, rounds: int, steps: int) -> d
 
 def draw(networks: dict, gradients: dict, constant: str, args: argparse.Namespace) -> None:
     """`sweep.png`, `curves.png` and `gradients.png`."""
-    figure, ((axes,),) = new_figure()
+    figure, (axes,) = new_figure()
     for schedule in SURVIVAL_SCHEDULES:
         points = []
         for runs in networks.values():
@@ -92,22 +92,22 @@ def draw(networks: dict, gradients: dict, constant: str, args: argparse.Namespac
             if model.survival_schedule == schedule and model.survival_probability < 1:
                 errors = [r.result["test_error"] for r in runs]
                 points.append((model.survival_probability, np.mean(errors)))
-        axes.plot(*zip(*sorted(points), strict=True), ".-", label=f"{schedule}, test")
+        axes.plot(*zip(*sorted(points), strict=True), ".-", label=f"{schedule} survival")
     of_constant = np.mean([r.result["test_error"] for r in networks[constant]])
     axes.axhline(of_constant, color="0.5", linestyle=":", label="constant depth")
     axes.set(xlabel="survival probability of the last block", ylabel="test error (%)")
     axes.set_ylim(bottom=0)
     axes.legend()
-    save_figure(figure, args.out / "sweep.png")
-    figure, ((axes,),) = new_figure()
-    plot_curves(axes, {spec: [r.rows for r in networks[spec]] for spec in gradients})
-    save_figure(figure, args.out / "curves.png")
-    figure, ((axes,),) = new_figure()
+    save_figure(figure, args.out / "sweep.png", args.vector)
+    chosen = {spec: networks[spec] for spec in gradients}
+    draw_curves(chosen, args.out / "curves.png", args.vector)
+    titles = titles_of(chosen)
+    figure, (axes,) = new_figure()
     for spec, sizes in gradients.items():
-        axes.semilogy([int(step) for step in sizes], list(sizes.values()), ".-", label=spec)
+        axes.semilogy([int(step) for step in sizes], list(sizes.values()), ".-", label=titles[spec])
     axes.set(xlabel="step", ylabel="mean |gradient| of the first block's first convolution")
     axes.legend(fontsize="small")
-    save_figure(figure, args.out / "gradients.png")
+    save_figure(figure, args.out / "gradients.png", args.vector)
 
 
 def main() -> None:

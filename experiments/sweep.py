@@ -20,13 +20,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax.traverse_util import flatten_dict
+
 from common.commandline import check_key, make_parser, run
 from common.recipes import Job, add_training_arguments, base_recipe, jobs, literal, train_jobs
 from common.runs import read_run
 from compare import compare
 from resvariants import InputError
 from resvariants.training.keys import OPEN
-from resvariants.training.workdir import flat, read_json, write_json
+from resvariants.training.workdir import read_json, write_json
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -50,7 +52,7 @@ def combinations(models: Sequence[str], grid: Sequence[str]) -> list[str]:
 def command(job: Job, config_file: str) -> list[str]:
     """The command that trains `job` as a program of its own."""
     file, model, base = base_recipe(job.spec, config_file)
-    values, defaults = flat(job.config.to_dict()), flat(base.to_dict())
+    values, defaults = (flatten_dict(c.to_dict(), sep=".") for c in (job.config, base))
     modules = values.pop("modules")
     changes = {}
     for key, value in values.items():
@@ -173,7 +175,7 @@ def main() -> None:
         notes = ["", "Not finished:", "", *notes]
     if not networks:
         raise InputError("\n".join(["no run is finished", *notes]))
-    compare(networks, args.out, notes)
+    compare(networks, args.out, args.vector, notes)
 
 
 def _option(text):

@@ -2,6 +2,7 @@
 
 import json
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from common.commandline import CONFIGS
@@ -10,7 +11,6 @@ from configs import imagenet
 from resvariants.networks import papers
 from resvariants.training.keys import EXECUTION_KEYS
 from resvariants.training.report import augmented
-from resvariants.training.workdir import flat
 
 # Keys in which a run may differ. `model.dtype` and `sync_batch_norm` are none: they change more
 # than the order of additions.
@@ -58,7 +58,7 @@ def changed_keys(config: ConfigDict, figure: papers.Reported) -> list[str]:
     """
     recipe = paper_recipe(config, figure).copy_and_resolve_references()
     # Through JSON, so that tuples compare equal to lists.
-    ours, theirs = (flat(json.loads(each.to_json())) for each in (config, recipe))
+    ours, theirs = (flatten_dict(json.loads(each.to_json()), sep=".") for each in (config, recipe))
     free = FREE if theirs["dataset.validation_size"] else FREE | {"dataset.validation_size"}
     every = sorted((ours.keys() | theirs.keys()) - free)
     return [key for key in every if ours.get(key) != theirs.get(key)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from common.commandline import check_key, no_such_config
@@ -21,7 +22,7 @@ from resvariants.training.keys import EXECUTION_KEYS
 from resvariants.training.log import TrainingDiverged
 from resvariants.training.parallel import check_batch_size
 from resvariants.training.setup import set_up
-from resvariants.training.workdir import Workdir, flat
+from resvariants.training.workdir import Workdir
 
 
 def add_training_arguments(
@@ -51,7 +52,15 @@ def add_training_arguments(
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data_dir", help="where the data set was prepared")
-    parser.add_argument("--out", type=folder, required=True, help="folder of runs and report")
+    add_output_arguments(parser, "folder of runs and report")
+
+
+def add_output_arguments(
+    parser: argparse.ArgumentParser, holds: str = "folder of the report"
+) -> None:
+    """Where a study writes what it `holds`, and in which formats its figures."""
+    parser.add_argument("--out", type=folder, required=True, help=holds)
+    parser.add_argument("--vector", action="store_true", help="figures as PDF files, too")
 
 
 def folder(text: str) -> Path:
@@ -223,7 +232,7 @@ def chosen_networks(
         raise InputError("--workdirs: each run can be there once")
     groups: dict[str, list[Finished]] = {}
     for finished in map(read_run, args.workdirs):
-        config = flat(json.loads(finished.config.to_json()))
+        config = flatten_dict(json.loads(finished.config.to_json()), sep=".")
         same = {key: config[key] for key in config.keys() - EXECUTION_KEYS - {"seed"}}
         same["origin"] = finished.result.get("origin")
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(finished)

@@ -12,6 +12,8 @@ from rich.progress import track
 
 from common.runs import Finished
 from resvariants import InputError
+from resvariants.networks.zoo import find
+from resvariants.training import figures
 
 T = TypeVar("T")
 
@@ -96,24 +98,28 @@ def _range(values):
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def new_figure(columns: int = 1):
-    """matplotlib's figure and its axes, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    width = 6.4 if columns == 1 else 4.2 * columns
-    return pyplot.subplots(1, columns, figsize=(width, 4), layout="constrained", squeeze=False)
+def titles_of(networks: Mapping[str, Sequence[Finished]]) -> dict[str, str]:
+    """What to call each of the networks in a figure."""
+    return figures.titles({name: runs[0].config for name, runs in networks.items()})
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes and closes it."""
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def draw_curves(networks: Mapping[str, Sequence[Finished]], path: Path, vector: bool) -> None:
+    """The learning curves of all runs; families of several networks each stand side by side."""
+    names = titles_of(networks)
+    families: dict[str, dict[str, list]] = {}
+    for name, runs in networks.items():
+        family = find(runs[0].config.model.name).family
+        families.setdefault(family, {})[names[name]] = [run.rows for run in runs]
+    if len(families) == 1 or min(map(len, families.values())) < 2:
+        families = {"": {name: rows for part in families.values() for name, rows in part.items()}}
+    figure, every = figures.new_figure(len(families))
+    for axes, (family, curves) in zip(every, families.items(), strict=True):
+        figures.plot_curves(axes, curves)
+        axes.set_title(f"{family} networks" if family == "plain" else family)
+    top = max(axes.get_ylim()[1] for axes in every)
+    for axes in every:
+        axes.set_ylim(0, top)
+    figures.save_figure(figure, path, vector)
 
 
 def write_report(path: Path, lines: Sequence[str]) -> None:

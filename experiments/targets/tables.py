@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.reports import new_figure, save_figure, table, write_report
+from common.reports import table, write_report
+from resvariants.training.figures import new_figure, save_figure, title, words
 from targets.devices import Target, facts
 from targets.programs import Compiled, Program, Refused
 from targets.traffic import KINDS, Loop, Traffic
@@ -122,7 +123,12 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def write(
-    out: Path, rows: Sequence[dict[str, Any]], largest: Sequence[dict[str, Any]], *, quiet: bool
+    out: Path,
+    rows: Sequence[dict[str, Any]],
+    largest: Sequence[dict[str, Any]],
+    *,
+    vector: bool,
+    quiet: bool,
 ) -> None:
     """Writes `accelerators.json`, `report.md` and perhaps `depth.png`; not `quiet`: prints it."""
     record = {
@@ -141,7 +147,7 @@ def write(
             [row for row in rows if row["target"] == target],
             [row for row in largest if row["target"] == target],
         )
-    if draw(rows, out / "depth.png"):
+    if draw(rows, out / "depth.png", vector):
         lines += ["## Depth", "", "![kernels, bytes and memory a block](depth.png)"]
     if quiet:
         (out / "report.md").write_text("\n".join(lines) + "\n")
@@ -306,21 +312,22 @@ def _ratios(rows):
     return table(("network", "step", "batch", *columns), lines) if lines else []
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
+def draw(rows: Sequence[dict[str, Any]], path: Path, vector: bool) -> bool:
     """Kernels, bytes and memory of the train step a block, against depth; if there are depths."""
     series: dict[str, list[tuple[int, dict]]] = {}
     for row in rows:
         if row["part"] == "training" and row["compiles"] and row["blocks"]:
-            options = row["network"].partition(",")[2]
-            family = re.sub(r"\d+", "N", row["network"].partition(",")[0])
-            parts = (family, options, row["form"], row["target"], f"batch {row['batch']}")
+            network, *options = row["network"].split(",")
+            family = title(re.sub(r"\d+", "N", network, count=1))
+            changes = [f"{words(key)} {value}" for key, value in (o.split("=") for o in options)]
+            parts = (family, *changes, row["form"], row["target"], f"batch {row['batch']}")
             series.setdefault(", ".join(filter(None, parts)), []).append((row["blocks"], row))
     series = {name: sorted(points, key=_depth) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points[0][0] < points[-1][0]}
     if not series:
         return False
-    figure, (axes,) = new_figure(3)
-    for axis, (title, key, unit) in zip(
+    figure, axes = new_figure(3)
+    for axis, (name, key, unit) in zip(
         axes,
         (
             ("kernels a block", "kernels", 1),
@@ -329,18 +336,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
         ),
         strict=True,
     ):
-        for name, points in series.items():
+        for network, points in series.items():
             depths = [blocks for blocks, _ in points]
             values = [row[key] / unit / blocks for blocks, row in points]
-            axis.plot(depths, values, "o-", label=name)
+            axis.plot(depths, values, "o-", label=network)
         depths = sorted({blocks for points in series.values() for blocks, _ in points})
-        axis.set(title=title, xlabel="blocks", xscale="log")
+        axis.set(title=name, xlabel="blocks", xscale="log")
         axis.set_xticks(depths, map(str, depths))
         axis.set_xticks([], minor=True)
         axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     figure.suptitle("A train step's, compiled and not run")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, path, vector)
     return True
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from resvariants.networks import papers, zoo
+from resvariants.training import figures
 from resvariants.training.result import result_table
 
 
@@ -69,52 +69,13 @@ def format_row(row: dict[str, Any]) -> str:
     )
 
 
-def plot_curves(axes: Any, runs: dict[str, list[list[dict[str, Any]]]]) -> None:
-    """Error against steps in the papers' style: training dashed, held-out splits solid.
-
-    Args:
-      axes: of matplotlib.
-      runs: the rows of each network's runs (such as those of several seeds), by its name.
-    """
-    # Marked, since a short run may have been evaluated only once.
-    styles = {"train": ("--", 0.8), "validation": (".:", 1.2), "test": (".-", 1.5)}
-    every = [row for seeds in runs.values() for rows in seeds for row in rows]
-    for number, (name, seeds) in enumerate(runs.items()):
-        for split, (style, width) in styles.items():
-            curves = [
-                [(r["step"], r["error"]) for r in rows if r["split"] == split] for rows in seeds
-            ]
-            curves = [curve for curve in curves if curve]
-            look = {"color": f"C{number}", "linewidth": width, "markersize": 4}
-            for curve in curves:
-                axes.plot(*zip(*curve, strict=True), style, **look)
-            if curves and split != "train":
-                last = sum(curve[-1][1] for curve in curves) / len(curves)
-                axes.plot([], [], style, **look, label=f"{name}, {split}: {last:.2f} %")
-    # The last part of a run matters most; the first steps at chance level would flatten it.
-    errors = sorted(row["error"] for row in every)
-    axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
-    first = next(iter(runs.values()))[0]
-    rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
-    for (step, before), (_, after) in pairwise(rates):
-        if after < 0.5 * before:
-            axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
-    axes.set(xlabel="step", ylabel="error (%), training dashed")
-    axes.legend(fontsize="small")
-
-
-def draw_curves(rows: list[dict[str, Any]], name: str, title: str, path: Path) -> None:
-    """The learning curves of one run, of the network `name`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    plot_curves(axes, {name: [rows]})
-    axes.set_title(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def draw_curves(rows: list[dict[str, Any]], model: str, dataset: str, path: Path) -> None:
+    """The learning curves of one run."""
+    figure, (axes,) = figures.new_figure()
+    name = figures.title(model)
+    figures.plot_curves(axes, {name: [rows]})
+    axes.set_title(f"{name} on {dataset}")
+    figures.save_figure(figure, path)
 
 
 def augmented(dataset: Any) -> bool:

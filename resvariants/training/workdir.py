@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from resvariants.errors import InputError, RunError
@@ -126,10 +127,9 @@ class Workdir:
         """
         if not is_main():
             return
-        title = f"{result['model']} on {result['dataset']}"
         with _told(self.path):
             if "origin" not in result:
-                draw_curves(rows, result["model"], title, self.path / "curves.png")
+                draw_curves(rows, result["model"], result["dataset"], self.path / "curves.png")
             write_report(result, self._config, self.path / "report.md")
         write_json(self.path / "result.json", result)
 
@@ -170,7 +170,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _refuse_differences(path, here, there):
-    here, there = flat(here), flat(there)
+    here, there = (flatten_dict(each, sep=".") for each in (here, there))
     differing = [
         f"  {key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in sorted((here.keys() | there.keys()) - keys.EXECUTION_KEYS)
@@ -182,15 +182,6 @@ def _refuse_differences(path, here, there):
             + "\n".join(differing)
             + "\nName another workdir, or give the config that it was started with."
         )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's values by their keys, with dots between their parts."""
-    values = {}
-    for key, value in tree.items():
-        path = prefix + key
-        values.update(flat(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -243,7 +243,8 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
     assert "seed 1 (2 of 4)" in printed and "(1 of 4)" not in printed
     assert "resumed at step 3" in printed
     folders = [tmp_path / specs[0] / "seed0", tmp_path / specs[1] / "seed0"]
-    start(compare, f"--out={tmp_path / 'there'}", "--workdirs", *folders)
+    start(compare, f"--out={tmp_path / 'there'}", "--vector", "--workdirs", *folders)
+    assert (tmp_path / "there" / "curves.pdf").read_bytes().startswith(b"%PDF")
     check_report(tmp_path / "there", f"| {folders[0]} |")
 
 

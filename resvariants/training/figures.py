@@ -1,0 +1,155 @@
+"""How do figures look: their colours, curves, and what networks are called in them?"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from resvariants.training.keys import EXECUTION_KEYS
+
+FAMILIES = {
+    "alexnet": "AlexNet",
+    "densenet_bc": "DenseNet-BC",
+    "densenet": "DenseNet",
+    "googlenet": "GoogLeNet",
+    "highway": "highway",
+    "plain": "plain",
+    "preact_resnet": "pre-activation ResNet",
+    "resnet": "ResNet",
+    "resnetv2": "ResNetV2",
+    "resnext": "ResNeXt",
+    "vgg": "VGG",
+}
+# What may follow the depth in a network's name, and how it is written.
+SUFFIXES: dict[str, str | Callable[[re.Match], str]] = {
+    r"(\d+)x(\d+)d": r"\1×\2d",
+    r"k(\d+)": r"k = \1",
+    r"[abc]": lambda match: f"shortcut {match[0].upper()}",
+    "bn": "BatchNorm",
+    "fc": "fully connected",
+    "v1_5": "v1.5",
+    r"width(\d+)": r"width \1",
+}
+
+
+def title(name: str) -> str:
+    """A network's name as papers write it: `resnext29_8x64d` is ResNeXt-29 (8×64d).
+
+    Names of other networks than this project's stay as they are.
+    """
+    families = "|".join(sorted(FAMILIES, key=len, reverse=True))
+    found = re.fullmatch(rf"(?:(cifar)_)?({families})_?(fc)?_?(\d+|N)?(?:_(\w+))?", name)
+    if found is None:
+        return name
+    prefix, family, kind, depth, rest = found.groups()
+    text = "-".join(filter(None, (FAMILIES[family], depth)))
+    text = f"{prefix.upper()} {text}" if prefix else text
+    notes = ", ".join(_written(suffix) for suffix in (kind, rest) if suffix)
+    return f"{text} ({notes})" if notes else text
+
+
+def _written(suffix):
+    for pattern, written in SUFFIXES.items():
+        if re.fullmatch(pattern, suffix):
+            return re.sub(pattern, written, suffix)
+    return suffix.replace("_", " ")
+
+
+def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
+    """What to call the networks of several runs' configs in a figure, each by its own name.
+
+    Returns:
+      By the keys of `configs`: the `title` of each with its survival probability; of those that
+      share it, also what differs, and if nothing does, the key.
+    """
+    values = {key: flatten_dict(config.to_dict(), sep=".") for key, config in configs.items()}
+    found = {}
+    for key, config in values.items():
+        text = title(config["model.name"])
+        if config["model.survival_probability"] < 1:
+            uniform = config["model.survival_schedule"] == "uniform"
+            text += f", $p{'' if uniform else '_L'}$ = {config['model.survival_probability']:g}"
+            text += " uniformly" if uniform else ""
+        found[key] = text
+    for text in set(found.values()):
+        alike = {key: values[key] for key, other in found.items() if other == text}
+        every = sorted(set().union(*alike.values()) - EXECUTION_KEYS - {"seed"})
+        differ = [k for k in every if len({repr(c.get(k)) for c in alike.values()}) > 1]
+        for key, config in alike.items():
+            found[key] = ", ".join([text, *(f"{words(k)} {config.get(k)}" for k in differ)])
+    repeated = {text for text in found.values() if [*found.values()].count(text) > 1}
+    return {key: f"{text} ({key})" if text in repeated else text for key, text in found.items()}
+
+
+def words(key: str) -> str:
+    """A config key as a figure names it: `schedule.learning_rate` is learning rate."""
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def color(number: int) -> str:
+    """The colour of a figure's curve `number`: those of Petroff 2021, arXiv:2107.02270, which the
+    colour-blind tell apart."""
+    from matplotlib import style
+
+    cycle = style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]
+    return cycle[number % len(cycle)]
+
+
+def new_figure(columns: int = 1) -> tuple[Any, Any]:
+    """matplotlib's figure and its axes, side by side."""
+    # (Not by pyplot: nothing of the reader's own figures is changed.)
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 if columns == 1 else 4.2 * columns, 4), layout="constrained")
+    with style.context("petroff10"):
+        every = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in every:
+        axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, every
+
+
+def save_figure(figure: Any, path: Path, vector: bool = False) -> None:
+    """Writes the PNG `path`, and with `vector` a PDF beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    if vector:
+        figure.savefig(path.with_suffix(".pdf"))
+
+
+def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> None:
+    """Error against steps in the papers' style: training dashed, held-out splits solid.
+
+    Args:
+      axes: of matplotlib.
+      runs: the rows of each network's runs (such as those of several seeds), by its name.
+    """
+    # Marked, since a short run may have been evaluated only once.
+    styles = {"train": ("--", 0.8), "validation": (".:", 1.2), "test": (".-", 1.5)}
+    every = [row for seeds in runs.values() for rows in seeds for row in rows]
+    for number, (name, seeds) in enumerate(runs.items()):
+        for split, (style, width) in styles.items():
+            curves = [
+                [(r["step"], r["error"]) for r in rows if r["split"] == split] for rows in seeds
+            ]
+            curves = [curve for curve in curves if curve]
+            look = {"color": color(number), "linewidth": width, "markersize": 4}
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), style, **look)
+            if curves and split != "train":
+                last = sum(curve[-1][1] for curve in curves) / len(curves)
+                axes.plot([], [], style, **look, label=f"{name}, {split}: {last:.2f} %")
+    # The last part of a run matters most; the first steps at chance level would flatten it.
+    errors = sorted(row["error"] for row in every)
+    axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
+    first = next(iter(runs.values()))[0]
+    rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
+    for (step, before), (_, after) in pairwise(rates):
+        if after < 0.5 * before:
+            axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="step", ylabel="error (%), training dashed")
+    axes.legend(fontsize="small")

@@ -115,7 +115,9 @@ def draw_curves(networks: Mapping[str, Sequence[Finished]], path: Path, vector: 
     figure, every = figures.new_figure(len(families))
     for axes, (family, curves) in zip(every, families.items(), strict=True):
         figures.plot_curves(axes, curves)
-        axes.set_title(f"{family} networks" if family == "plain" else family)
+        axes.set_title(
+            {"plain": "plain networks", "ResNet": "residual networks"}.get(family, family)
+        )
     top = max(axes.get_ylim()[1] for axes in every)
     for axes in every:
         axes.set_ylim(0, top)

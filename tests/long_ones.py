@@ -6,6 +6,9 @@ takes programs of their own that start for seconds. By file: names, with paramet
 
 LONG = {
     "analysis/test_deepen.py": """
+        test_it_is_the_same_in_training_too[pre-activated ResNeXt, form a]
+        test_it_is_the_same_in_training_too[post-activation bottlenecks]
+        test_the_deeper_net_computes_the_same[ResNeXt, form a]
         test_the_deeper_net_computes_the_same[pre-activated bottlenecks]
         test_the_deeper_net_computes_the_same[post-activation bottlenecks]
         test_the_deeper_net_computes_the_same[pre-activated ResNeXt, form a]
@@ -31,6 +34,7 @@ LONG = {
         test_stock_flaxs_networks_are_ours[densenet121]
     """,
     "experiments/test_studies.py": """
+        test_a_job_is_the_command_that_trains_the_same_config
         test_survival_probabilities_are_swept
         test_lesions_of_a_densenet_are_refused
         test_a_network_trained_on_short_paths_stands_beside_the_full_one
@@ -46,6 +50,7 @@ LONG = {
         test_what_is_kept_grows_linearly_if_asked_to_and_quadratically_if_not
     """,
     "networks/test_derivatives.py": """
+        test_forward_over_reverse_is_reverse_over_reverse[DenseNet, memory efficient]
         test_forward_over_reverse_is_reverse_over_reverse[stochastic depth]
     """,
     "networks/test_every_model.py": """
@@ -68,6 +73,8 @@ LONG = {
         test_the_step_of_a_large_net_can_be_traced[googlenet_bn]
     """,
     "networks/test_features.py": """
+        test_dilated_stages_hold_the_strided_ones[8-paths side by side]
+        test_dilated_stages_hold_the_strided_ones[8-stride in the 3x3]
         test_dilated_stages_hold_the_strided_ones[16-paths side by side]
         test_dilated_stages_hold_the_strided_ones[16-grouped]
     """,
@@ -94,9 +101,11 @@ LONG = {
         test_the_forms_compute_the_same_function_and_gradients[a]
     """,
     "training/test_draws.py": """
+        test_a_run_in_slots_resumes_to_the_same_bits
         test_steps_in_slots_are_those_with_conditionals[pre-activation]
     """,
     "training/test_ensembles.py": """
+        test_a_scale_that_is_too_small_is_answered_with_the_smallest[vgg-16]
         test_an_ensemble_at_several_scales
         test_scales_are_averaged_over_whole_images_and_their_mirror_images[scales1]
     """,
@@ -109,6 +118,7 @@ LONG = {
         test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status
     """,
     "training/test_loop.py": """
+        test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics[jit]
         test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics[pmap]
         test_compiled_programs_are_taken_from_the_cache
         test_a_warmup_that_waits_for_the_error_is_told_and_resumed_to_the_same_bits
@@ -129,6 +139,8 @@ LONG = {
         test_streamed_images_count_at_their_centre_and_batches_with_a_damaged_one_do_not
     """,
     "weights/test_weights.py": """
+        test_every_networks_stages_come_apart_and_together_again[pre-activation ResNet]
+        test_every_networks_stages_come_apart_and_together_again[GoogLeNet]
         test_imported_weights_make_a_workdir_for_every_program
         test_every_networks_stages_come_apart_and_together_again[ResNeXt]
     """,

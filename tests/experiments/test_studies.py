@@ -222,9 +222,10 @@ def test_a_network_trained_on_short_paths_stands_beside_the_full_one(finished, t
 
 def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, start):
     specs = ["resnet8", "resnet8,model.survival_probability=0.5"]
-    arguments = [f"--out={tmp_path}", "--steps=3", "--seeds", "0", "1", "--models"]
-    printed = start(compare, *arguments, *specs)
-    assert "seed 1 (4 of 4)" in printed
+    arguments = [f"--out={tmp_path}", "--steps=3", "--models"]
+    start(compare, *arguments, specs[0])
+    printed = start(compare, *arguments, specs[1], "--seeds", "0", "1")
+    assert "seed 1 (2 of 2)" in printed
     report = check_report(tmp_path, "3 steps", "Seeds 0, 1")
     results = [
         json.loads((tmp_path / specs[1] / f"seed{seed}" / "result.json").read_text())
@@ -236,12 +237,12 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
     assert mean == pytest.approx((first + second) / 2, abs=0.006)
     assert deviation == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
     assert row[0] == "75,002" and row[6] == ""
-    assert cells(report, "model.survival_probability") == ["1.0", "0.5"]
     # Finished runs stay as they are; an unfinished one goes on.
-    (tmp_path / specs[0] / "seed1" / "result.json").unlink()
+    (tmp_path / specs[1] / "seed0" / "result.json").unlink()
     printed = start(compare, *arguments, *specs)
-    assert "seed 1 (2 of 4)" in printed and "(1 of 4)" not in printed
+    assert "seed 0 (2 of 2)" in printed and "(1 of 2)" not in printed
     assert "resumed at step 3" in printed
+    assert cells(check_report(tmp_path), "model.survival_probability") == ["1.0", "0.5"]
     folders = [tmp_path / specs[0] / "seed0", tmp_path / specs[1] / "seed0"]
     start(compare, f"--out={tmp_path / 'there'}", "--vector", "--workdirs", *folders)
     assert (tmp_path / "there" / "curves.pdf").read_bytes().startswith(b"%PDF")
@@ -573,7 +574,7 @@ def test_a_spec_names_config_model_and_changes():
 def test_a_sweep_trains_its_grid_and_compares_what_has_not_diverged(tmp_path, start):
     arguments = ["--models", "resnet8", "--steps=3", f"--out={tmp_path / 'sweep'}"]
     arguments += ["--set", "batch_size=16", "schedule.warmup=0"]
-    arguments += ["--grid", "schedule.learning_rate=0.1,1e30", "--seeds", 0, 1]
+    arguments += ["--grid", "schedule.learning_rate=0.1,1e30", "--seeds", 1]
     start(sweep, *arguments)
     report = check_report(
         tmp_path / "sweep",
@@ -584,7 +585,7 @@ def test_a_sweep_trains_its_grid_and_compares_what_has_not_diverged(tmp_path, st
     assert "| resnet8,schedule.learning_rate=1e30 |" not in report
     result = tmp_path / "sweep" / "resnet8,schedule.learning_rate=0.1" / "seed1" / "result.json"
     before = result.stat().st_mtime_ns
-    assert "seed 1 (2 of 4)" not in start(sweep, *arguments)
+    assert "seed 1 (1 of 2)" not in start(sweep, *arguments)
     assert result.stat().st_mtime_ns == before
 
 

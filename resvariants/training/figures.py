@@ -121,6 +121,12 @@ def save_figure(figure: Any, path: Path, vector: bool = False) -> None:
         figure.savefig(path.with_suffix(".pdf"))
 
 
+def _of_many_steps(curve):
+    # A row is of all steps since the one before it; of few, as before an evaluation, it is noise.
+    gaps = [step - before for (before, _), (step, _) in pairwise([(0, None), *curve])]
+    return [point for point, gap in zip(curve, gaps, strict=True) if 2 * gap >= max(gaps)]
+
+
 def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> None:
     """Error against steps in the papers' style: training dashed, held-out splits solid.
 
@@ -136,6 +142,8 @@ def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]
             curves = [
                 [(r["step"], r["error"]) for r in rows if r["split"] == split] for rows in seeds
             ]
+            if split == "train":
+                curves = [_of_many_steps(curve) for curve in curves]
             curves = [curve for curve in curves if curve]
             look = {"color": color(number), "linewidth": width, "markersize": 4}
             for curve in curves:

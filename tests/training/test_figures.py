@@ -73,7 +73,7 @@ def test_curves_show_every_run_and_name_the_mean_of_their_last_errors(tmp_path):
 
     def rows(last):
         return [
-            *(row("train", step, 90.0 - step) for step in (10, 20, 30)),
+            *(row("train", step, 90.0 - step) for step in (10, 20, 24, 30)),  # 24: of few steps
             *(row("test", step, error) for step, error in ((20, 60.0), (30, last))),
         ]
 

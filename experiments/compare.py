@@ -11,7 +11,9 @@ network is trained or goes on where it stopped; finished runs are compared as th
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.commandline import keys, make_parser, run
+from flax.traverse_util import flatten_dict
+
+from common.commandline import make_parser, run
 from common.paper_recipes import changed_keys
 from common.recipes import add_training_arguments, chosen_networks
 from common.reports import budget, draw_curves, mean_and_deviation, table, write_report
@@ -83,15 +85,11 @@ def _mean_top5(results):
 
 def differences(networks: dict[str, list[Finished]]) -> list[str]:
     """A table of the config keys that differ, but for the seed."""
-    configs = {name: runs[0].config for name, runs in networks.items()}
-    every = sorted(set().union(*map(keys, configs.values())) - EXECUTION_KEYS - {"seed"})
-
-    def value(config, key):
-        for part in key.split("."):
-            config = config.get(part) if config is not None else None
-        return str(config)
-
-    rows = [[key, *(value(config, key) for config in configs.values())] for key in every]
+    configs = {
+        name: flatten_dict(runs[0].config.to_dict(), sep=".") for name, runs in networks.items()
+    }
+    every = sorted(set().union(*configs.values()) - EXECUTION_KEYS - {"seed"})
+    rows = [[key, *(str(config.get(key)) for config in configs.values())] for key in every]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     return ["", "Configurations differ in", "", *table(["key", *configs], rows)] if rows else []
 

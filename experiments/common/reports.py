@@ -12,7 +12,6 @@ from rich.progress import track
 
 from common.runs import Finished
 from resvariants import InputError
-from resvariants.networks.zoo import find
 from resvariants.training import figures
 
 T = TypeVar("T")
@@ -108,7 +107,7 @@ def draw_curves(networks: Mapping[str, Sequence[Finished]], path: Path, vector: 
     names = titles_of(networks)
     families: dict[str, dict[str, list]] = {}
     for name, runs in networks.items():
-        family = find(runs[0].config.model.name).family
+        family = figures.family(runs[0].config.model.name)
         families.setdefault(family, {})[names[name]] = [run.rows for run in runs]
     if len(families) == 1 or min(map(len, families.values())) < 2:
         families = {"": {name: rows for part in families.values() for name, rows in part.items()}}

@@ -41,8 +41,7 @@ def title(name: str) -> str:
 
     Names of other networks than this project's stay as they are.
     """
-    families = "|".join(sorted(FAMILIES, key=len, reverse=True))
-    found = re.fullmatch(rf"(?:(cifar)_)?({families})_?(fc)?_?(\d+|N)?(?:_(\w+))?", name)
+    found = _parts(name)
     if found is None:
         return name
     prefix, family, kind, depth, rest = found.groups()
@@ -50,6 +49,17 @@ def title(name: str) -> str:
     text = f"{prefix.upper()} {text}" if prefix else text
     notes = ", ".join(_written(suffix) for suffix in (kind, rest) if suffix)
     return f"{text} ({notes})" if notes else text
+
+
+def family(name: str) -> str:
+    """Which of `FAMILIES` a network is of; the names of others stay as they are."""
+    found = _parts(name)
+    return name if found is None else FAMILIES[found[2]]
+
+
+def _parts(name):
+    families = "|".join(sorted(FAMILIES, key=len, reverse=True))
+    return re.fullmatch(rf"(?:(cifar)_)?({families})_?(fc)?_?(\d+|N)?(?:_(\w+))?", name)
 
 
 def _written(suffix):

@@ -37,7 +37,7 @@ import paths
 import responses
 import stochastic_depth
 import sweep
-from common import commandline, recipes, runs
+from common import commandline, recipes, reports, runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -557,6 +557,18 @@ def test_the_shortest_range_that_holds_a_share():
     assert paths.shortest_range(contributions, 0.95) == (1, 3)
     assert paths.shortest_range(contributions, 0.6) == (2, 2)
     assert paths.shortest_range(contributions, 1.0) == (0, 5)
+
+
+def test_curves_of_networks_that_are_not_registered_are_drawn(tmp_path):
+    """A finished run is compared without the module that its network is from."""
+    rows = [{"split": "test", "step": 1, "error": 50.0, "learning_rate": 0.1}]
+    networks = {}
+    for name in ("my_net", "plain20"):
+        config = digits.get_config("resnet8")
+        config.model.name = name
+        networks[name] = [runs.Finished(tmp_path, config, {}, rows)]
+    reports.draw_curves(networks, tmp_path / "curves.png", vector=False)
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_spec_names_config_model_and_changes():

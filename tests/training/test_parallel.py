@@ -69,10 +69,10 @@ PRECISIONS = {"float32": (1, np.float32, 1e-6), "float64": (5, np.float64, 1e-10
     ("precision", "survival"),
     [
         pytest.param("float32", 1.0, id="float32-constant depth"),
-        pytest.param("float64", 0.5, id="float64-stochastic depth"),
-        # The same lines in the other precision.
+        pytest.param("float32", 0.5, id="float32-stochastic depth"),
+        # In float64 devices agree for many steps: `test_distributed` shows it, too.
         pytest.param("float64", 1.0, id="float64-constant depth", marks=pytest.mark.slow),
-        pytest.param("float32", 0.5, id="float32-stochastic depth", marks=pytest.mark.slow),
+        pytest.param("float64", 0.5, id="float64-stochastic depth", marks=pytest.mark.slow),
     ],
 )
 def test_devices_with_synchronised_statistics_agree_with_one_device(precision, survival):

@@ -71,6 +71,8 @@ def get_config(model: str = "resnet50"):
     config.dataset.crop = "scale_jitter"
     config.dataset.lighting = 0.1
     config.dataset.normalisation = "imagenet"
+    # AlexNet's crops are larger than the others'; CIFAR's networks take any size.
+    config.dataset.image_size = max(224, zoo.find(model).image_shape[0])
     config.batch_size = 256
     config.eval_batch_size = 256
     config.schedule.unit = "epochs"

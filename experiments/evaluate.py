@@ -16,14 +16,15 @@ from resvariants.training.workdir import read_config
 
 
 def describe(values: dict[str, float]) -> str:
-    """Loss, errors and speed in words."""
-    top5 = f", top-5 error {values['top5_error']:.2f} %" if "top5_error" in values else ""
-    if "ema_error" in values:
-        top5 += f"; averaged weights {values['ema_loss']:.4f}, {values['ema_error']:.2f} %"
-    return (
-        f"loss {values['loss']:.4f}, error {values['error']:.2f} %{top5}"
-        f" ({values['images'] / values['seconds']:,.0f} images/s)"
-    )
+    """Loss and errors in words, also those of averaged weights if there are any, and speed."""
+
+    def errors(of=""):
+        top5 = values.get(f"{of}top5_error")
+        text = f"loss {values[f'{of}loss']:.4f}, error {values[f'{of}error']:.2f} %"
+        return text if top5 is None else f"{text}, top-5 error {top5:.2f} %"
+
+    averaged = f"; averaged weights: {errors('ema_')}" if "ema_error" in values else ""
+    return f"{errors()}{averaged} ({values['images'] / values['seconds']:,.0f} images/s)"
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ FREE = EXECUTION_KEYS | {
     "model.name",
     "model.survival_probability",
     "dataset.name",
-    "dataset.image_size",
     "dataset.ten_crop",
     # Chance, how the same is computed, and what is seen of it.
     "seed",
@@ -45,6 +44,8 @@ def paper_recipe(config: ConfigDict, figure: papers.Reported) -> ConfigDict:
             name = "stochastic_depth"
         elif not augmented(config.dataset):
             name = "densenet_unaugmented"
+    if figure in papers.MODERN_ERRORS.values():
+        name = "imagenet_modern"
     _, _, recipe = base_recipe(config.model.name, str(CONFIGS / f"{name}.py"))
     if figure.source == papers.FB:
         recipe.update_from_flattened_dict(imagenet.TORCH)

@@ -174,8 +174,9 @@ def jobs(
             path = args.out / spec.replace("/", "_") / f"seed{seed}"
             finished = Workdir(path, config).result is not None
             if seed == args.seeds[0] and not finished:
+                model = set_up(config).model
                 check_batch_size(config.batch_size, parts=config.accumulation_steps)
-                check(set_up(config).model)
+                check(model)
             found.append(Job(spec, seed, path, config, finished))
     return found
 

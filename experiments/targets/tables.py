@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -318,9 +317,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, vector: bool) -> bool:
     for row in rows:
         if row["part"] == "training" and row["compiles"] and row["blocks"]:
             network, *options = row["network"].split(",")
-            family = title(re.sub(r"\d+", "N", network, count=1))
-            changes = [f"{words(key)} {value}" for key, value in (o.split("=") for o in options)]
-            parts = (family, *changes, row["form"], row["target"], f"batch {row['batch']}")
+            config, _, name = network.rpartition(":")
+            changes = [(words(key), value) for key, _, value in (o.partition("=") for o in options)]
+            parts = (
+                title(name, "N"),
+                Path(config).stem,
+                *map(" ".join, changes),
+                row["form"],
+                row["target"],
+                f"batch {row['batch']}",
+            )
             series.setdefault(", ".join(filter(None, parts)), []).append((row["blocks"], row))
     series = {name: sorted(points, key=_depth) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points[0][0] < points[-1][0]}

@@ -237,12 +237,21 @@ def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
     the edge is lost.
     """
     batch, height, width, _ = images.shape
+    inside = rectangles(key, (batch, height, width), side, side)
+    return jnp.where(inside[..., None], jnp.zeros((), images.dtype), images)
 
-    def within(key, length):
+
+def rectangles(key: jax.Array, shape: Sequence[int], rows: Any, columns: Any) -> jax.Array:
+    """True in a rectangle of `rows` x `columns` around any pixel of each image, cut at the edge.
+
+    shape: (batch, height, width).
+    """
+    batch, height, width = shape
+
+    def within(key, length, side):
         low = jax.random.randint(key, (batch, 1), 0, length) - side // 2
         places = jnp.arange(length)[None]
         return (places >= low) & (places < low + side)
 
-    rows, columns = map(within, jax.random.split(key), (height, width))
-    inside = rows[:, :, None, None] & columns[:, None, :, None]
-    return jnp.where(inside, jnp.zeros((), images.dtype), images)
+    of_rows, of_columns = map(within, jax.random.split(key), (height, width), (rows, columns))
+    return of_rows[:, :, None] & of_columns[:, None]

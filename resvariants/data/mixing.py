@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from resvariants.data.augmentation import rectangles
 from resvariants.errors import InputError
 
 
@@ -23,13 +24,14 @@ class Mixing(NamedTuple):
     cutmix: float = 0.0
     probability: float = 1.0
 
-    def __bool__(self):
+    @property
+    def on(self) -> bool:
         """Whether it does anything."""
         return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def check(self, batch_size: int) -> None:
         """Raises InputError if batches of `batch_size` have nothing to mix."""
-        if self and batch_size < 2:
+        if self.on and batch_size < 2:
             raise InputError(
                 "dataset.mixup and dataset.cutmix mix the images of a batch, and batch_size is 1:"
                 " let it be 2 at least"
@@ -56,7 +58,7 @@ def mixed(
       `image`; `label` and `other_label` (batch,); and `share` (batch,) float32, the first label's.
       Without `mixing` nothing but `image` and `label`, as they are.
     """
-    if not mixing:
+    if not mixing.on:
         return {"image": images, "label": label}
     whether, which, how_much, where = jax.random.split(key, 4)
     _, height, width, _ = images.shape
@@ -65,7 +67,8 @@ def mixed(
     alpha = jnp.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
     share = jax.random.beta(how_much, alpha, alpha)
     share = jnp.where(jax.random.bernoulli(whether, mixing.probability), share, 1.0)
-    inside = _rectangle(where, height, width, jnp.sqrt(1 - share))
+    sides = (jnp.floor(length * jnp.sqrt(1 - share)) for length in (height, width))
+    (inside,) = rectangles(where, (1, height, width), *sides)
     weight = jnp.where(cut, 1.0 - inside, share)[None, :, :, None]
     share = jnp.where(cut, weight.mean(), share)
     return {
@@ -74,14 +77,3 @@ def mixed(
         "other_label": label[::-1],
         "share": jnp.full(label.shape, share, jnp.float32),
     }
-
-
-def _rectangle(key, height, width, size):
-    # (height, width), true within `size` of the image's sides around a pixel drawn from all.
-    def within(key, length):
-        side = jnp.floor(length * size)
-        low = jax.random.randint(key, (), 0, length) - side // 2
-        return (jnp.arange(length) >= low) & (jnp.arange(length) < low + side)
-
-    rows, columns = map(within, jax.random.split(key), (height, width))
-    return rows[:, None] & columns[None]

@@ -40,15 +40,16 @@ def rand_augment(
       magnitude: from 0 to `LARGEST`; `deviation` is that of the normal noise added to it.
     """
 
+    def change(image, key):
+        which, whether, sign, noise = jax.random.split(key, 4)
+        level = magnitude + deviation * jax.random.normal(noise)
+        level = jnp.clip(level, 0, LARGEST) * jax.random.rademacher(sign, dtype=jnp.float32)
+        number = jax.random.randint(which, (), 0, len(OPERATIONS))
+        changed = operate(image, number, level, fill)
+        return jnp.where(jax.random.bernoulli(whether, PROBABILITY), changed, image), None
+
     def augment(key, image):
-        for each in jax.random.split(key, count):
-            which, whether, sign, noise = jax.random.split(each, 4)
-            level = magnitude + deviation * jax.random.normal(noise)
-            level = jnp.clip(level, 0, LARGEST) * jax.random.rademacher(sign, dtype=jnp.float32)
-            number = jax.random.randint(which, (), 0, len(OPERATIONS))
-            changed = operate(image, number, level, fill)
-            image = jnp.where(jax.random.bernoulli(whether, PROBABILITY), changed, image)
-        return image
+        return lax.scan(change, image, jax.random.split(key, count))[0]
 
     return jax.vmap(augment)(jax.random.split(key, len(images)), images)
 

@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from resvariants.data import sets
 from resvariants.data.splits import Split
 from resvariants.errors import InputError, choose
 from resvariants.networks.summary import feature_info
-from resvariants.training.evaluation import evaluate, figures, load, with_folded_norms
+from resvariants.training.evaluation import evaluate, load, means, with_folded_norms
 from resvariants.training.parallel import compiler_options
 from resvariants.training.passes import apply_to_batches, corrupt_images
-from resvariants.training.setup import Setup
+from resvariants.training.setup import Setup, takes_images
 from resvariants.training.statistics import with_exact_statistics
 from resvariants.training.step import TrainState, evaluation_sums, predict
 
@@ -67,7 +66,7 @@ def evaluate_together(
 
     Args:
       split, data_dir, exact_statistics, fold_batch_norm: as of `evaluation.evaluate`; statistics
-        are those of the run's own image size.
+        are those of the size at which the run itself evaluates.
 
     Returns:
       What `evaluation.evaluate` gives of each network, and of the ensemble (without `step`). One
@@ -153,7 +152,11 @@ def _check_scales(member, smallest):
             f"scales are for streamed data sets ({streamed}), whose images have many sizes;"
             f" {data_set} has images of {shape[0]}x{shape[1]}"
         )
-    fits = partial(_fits, _of_any_size(member), member.state, shape[-1])
+    variables = {"params": member.state.params, "batch_stats": member.state.batch_stats}
+
+    def fits(side):
+        return takes_images(_of_any_size(member), variables, (side, side, shape[-1]))
+
     if not fits(2 * shape[0]):
         raise InputError(
             f"{member.path}: {member.config.model.name} takes no images but {shape[0]}x{shape[1]};"
@@ -167,15 +170,6 @@ def _check_scales(member, smallest):
             f"scale {smallest} is too small for {member.path}: {member.config.model.name} can have"
             f" {least} at least"
         )
-
-
-def _fits(model, state, channels, side):
-    images = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
-    try:
-        jax.eval_shape(partial(predict, model=model), state.params, state.batch_stats, images)
-    except (ScopeParamShapeError, TypeError, ValueError):  # which InputErrors are
-        return False
-    return True
 
 
 def _stride(member):
@@ -235,4 +229,4 @@ def _added(total, answers):
 
 
 def _figures(answers, split):
-    return figures(jax.device_get(evaluation_sums(*map(jnp.asarray, answers))), split)
+    return means(jax.device_get(evaluation_sums(*map(jnp.asarray, answers))), split)

@@ -52,7 +52,7 @@ def make_evaluator(
 
         sums = apply_to_batches(apply, setup, setup.splits[split], batch_size, corrupt, stopping)
         total = jax.tree.map(lambda *values: sum(map(float, values)), *jax.device_get(sums))
-        found, *averaged = (figures(each, split) for each in total)
+        found, *averaged = (means(each, split) for each in total)
         for of_average in averaged:
             del of_average["images"]
             found |= {f"ema_{key}": value for key, value in of_average.items()}
@@ -70,7 +70,7 @@ def jitted_evaluation(model: nn.Module, parallel: Parallel) -> Any:
     )
 
 
-def figures(sums: dict[str, Any], split: str) -> dict[str, float]:
+def means(sums: dict[str, Any], split: str) -> dict[str, float]:
     """Means of `evaluation_sums` over all images of `split`; errors in per cent.
 
     Raises:
@@ -149,14 +149,19 @@ def load(path: str | Path, data_dir: str | None = None) -> tuple[ConfigDict, Set
 
 
 def with_folded_norms(setup: Setup, state: TrainState) -> TrainState:
-    """`state` for evaluation, each BatchNorm folded into the convolution that it follows.
+    """`state` for evaluation, each BatchNorm folded into the convolution that it follows; moving
+    averages, too.
 
     Raises:
       InputError: there is nothing to fold.
     """
+
+    def folded(variables):
+        found = folding.fold_batch_norm(setup.model, variables, setup.image_shape)
+        return spread(found, setup.parallel.replicated)
+
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    folded = folding.fold_batch_norm(setup.model, variables, setup.image_shape)
-    return state.replace(**spread(folded, setup.parallel.replicated))
+    return state.replace(**folded(variables), ema=state.ema and folded(state.ema))
 
 
 def evaluate(

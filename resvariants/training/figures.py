@@ -30,22 +30,26 @@ SUFFIXES: dict[str, str | Callable[[re.Match], str]] = {
     r"k(\d+)": r"k = \1",
     r"[abc]": lambda match: f"shortcut {match[0].upper()}",
     "bn": "BatchNorm",
+    r"relu_(\w+)": lambda match: f"ReLU {match[1].replace('_', ' ')}",
     "fc": "fully connected",
     "v1_5": "v1.5",
     r"width(\d+)": r"width \1",
 }
 
 
-def title(name: str) -> str:
+def title(name: str, depth: str | None = None) -> str:
     """A network's name as papers write it: `resnext29_8x64d` is ResNeXt-29 (8×64d).
 
     Names of other networks than this project's stay as they are.
+
+    Args:
+      depth: written instead of its own, if it has one.
     """
     found = _parts(name)
     if found is None:
         return name
-    prefix, family, kind, depth, rest = found.groups()
-    text = "-".join(filter(None, (FAMILIES[family], depth)))
+    prefix, family, kind, own_depth, rest = found.groups()
+    text = "-".join(filter(None, (FAMILIES[family], own_depth and (depth or own_depth))))
     text = f"{prefix.upper()} {text}" if prefix else text
     notes = ", ".join(_written(suffix) for suffix in (kind, rest) if suffix)
     return f"{text} ({notes})" if notes else text
@@ -59,7 +63,7 @@ def family(name: str) -> str:
 
 def _parts(name):
     families = "|".join(sorted(FAMILIES, key=len, reverse=True))
-    return re.fullmatch(rf"(?:(cifar)_)?({families})_?(fc)?_?(\d+|N)?(?:_(\w+))?", name)
+    return re.fullmatch(rf"(?:(cifar)_)?({families})_?(fc)?_?(\d+)?(?:_(\w+))?", name)
 
 
 def _written(suffix):
@@ -166,8 +170,10 @@ def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]
     axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
     first = next(iter(runs.values()))[0]
     rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
-    for (step, before), (_, after) in pairwise(rates):
-        if after < 0.5 * before:
+    for (_, earlier), (step, before), (_, after) in zip(
+        rates[:1] + rates, rates, rates[1:], strict=False
+    ):
+        if earlier == before and after < 0.5 * before:  # which a linear schedule's does at its end
             axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
     axes.set(xlabel="step", ylabel="error (%), training dashed")
     axes.legend(fontsize="small")

@@ -25,6 +25,7 @@ from resvariants.training.kinds import (
     ABOVE_0_TO_1,
     COUNT,
     FLAG,
+    MAGNITUDE,
     NAMES,
     NATURAL,
     NOT_NEGATIVE,
@@ -37,7 +38,6 @@ from resvariants.training.kinds import (
     SCHEDULED,
     SEED,
     SHARE,
-    TEN,
     TEXT,
     Key,
     Kind,
@@ -153,7 +153,7 @@ KEYS = (
         "so many of RandAugment's operations on each image, each left out half the time; 0 is off",
         since="0.3",
     ),
-    Key("dataset.rand_augment_magnitude", 9.0, TEN, "of those operations", since="0.3"),
+    Key("dataset.rand_augment_magnitude", 9.0, MAGNITUDE, "of those operations", since="0.3"),
     Key(
         "dataset.rand_augment_deviation",
         0.5,
@@ -189,7 +189,7 @@ KEYS = (
         "dataset.eval_crop",
         0.875,
         ABOVE_0_TO_1,
-        "a crop's side in evaluation, as a share of the resized image's shorter one",
+        "a streamed image's crop in evaluation: its side as a share of the shorter one",
         since="0.3",
     ),
     Key(
@@ -278,14 +278,12 @@ KEYS = (
         " step, and evaluate it, too; 0 is off",
         since="0.3",
     ),
-    Key(
-        "loss", "softmax", LOSSES, "softmax, or binary: each class against all others", since="0.3"
-    ),
+    Key("loss", "softmax", LOSSES, "training's: softmax, or binary: each class alone", since="0.3"),
     Key(
         "target_threshold",
         float,
         SHARE,
-        "targets above it become 1, and all others 0; None: they stay as mixed and smoothed",
+        "with loss binary: targets above it become 1, and all others 0; None: they stay as mixed",
         since="0.3",
     ),
     Key("label_smoothing", 0.0, SHARE, "share of the target that all classes divide"),
@@ -393,5 +391,6 @@ def table() -> str:
     rows = ["| key | default | allowed | |", "|---|---|---|---|"]
     for key in KEYS:
         default = None if isinstance(key.default, type) else key.default
-        rows.append(f"| `{key.name}` | `{default!r}` | {key.allowed or 'yours'} | {key.text} |")
+        text = f"{key.text} (since {key.since})" if key.since else key.text
+        rows.append(f"| `{key.name}` | `{default!r}` | {key.allowed or 'yours'} | {text} |")
     return "\n".join(rows)

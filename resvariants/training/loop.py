@@ -63,13 +63,13 @@ def train(config: ConfigDict, path: str | Path, variables: Any = None) -> dict[s
 
     if config.tensorboard:
         summary_writer()
-    check_batch_size(config.batch_size, parts=config.accumulation_steps)
     if config.compilation_cache is not None:
         # For the rest of this process.
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         reset_cache()  # or JAX goes on with what it found when it compiled first
     with Interrupts() as stopping:
         setup = set_up(config)
+        check_batch_size(config.batch_size, parts=config.accumulation_steps)
         if variables is not None:
             setup = setup._replace(new_state=partial(setup.state_of, variables))
         batches = agreed(setup.training_batches)
@@ -234,7 +234,8 @@ class _Run:
             exact = with_exact_statistics(self.config, self.setup, current, *asked)
         except StoppedEarly:
             self.interrupt(self.saved)
-        return state.replace(batch_stats=parallel.replicate(exact.batch_stats))
+        stats, ema = parallel.replicate((exact.batch_stats, exact.ema))
+        return state.replace(batch_stats=stats, ema=ema)
 
     def due(self, step, every):
         return step == self.setup.total_steps or step % every == 0

@@ -49,6 +49,18 @@ def targets_of(
     return targets if threshold is None else (targets > threshold).astype(targets.dtype)
 
 
+def mean_loss(
+    logits: jax.Array,
+    batch: dict[str, jax.Array],
+    *,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+    threshold: float | None = None,
+) -> jax.Array:
+    """One of `LOSSES`, the mean over a batch's examples; the rest is `targets_of`'s."""
+    return LOSSES[loss](logits, targets_of(batch, logits, label_smoothing, threshold)).mean()
+
+
 def main_label(batch: dict[str, jax.Array]) -> jax.Array:
     """(batch,): of a mixed image the label with the larger share, by which its error counts."""
     if "other_label" not in batch:

@@ -172,13 +172,16 @@ def _trust_ratio(**options):
 def lamb(optimizer, learning_rate, decay_mask, *, b1=0.9, b2=0.999, eps=1e-6, always_adapt=True):
     """Adam's direction at a rate for each layer's array (You et al. 2020): `optax.lamb`.
 
-    `always_adapt` false: that rate is for arrays that decay alone, as timm has it.
+    `always_adapt` false: that rate is for arrays that decay alone, as timm has it; without weight
+    decay for none.
     """
     ratio = _trust_ratio()
+    if not always_adapt:
+        ratio = optax.masked(ratio, decay_mask) if optimizer.weight_decay else optax.identity()
     return [
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
-        ratio if always_adapt else optax.masked(ratio, decay_mask),
+        ratio,
         optax.scale_by_learning_rate(learning_rate),
     ]
 

@@ -90,8 +90,8 @@ def augmented(dataset: Any) -> bool:
 def reported_errors(config: Any, *, multi_scale: bool = False) -> papers.Reported | None:
     """The paper's figure for the network of a run's config, if it has one.
 
-    Of the run's data set, with augmentation or without as the run is, and evaluated as it is. The
-    rest of the recipe may be another.
+    Of the run's data set, with augmentation or without as the run is, evaluated at the same size
+    and number of crops. The rest of the recipe may be another.
 
     Args:
       multi_scale: evaluated at several scales.
@@ -103,15 +103,18 @@ def reported_errors(config: Any, *, multi_scale: bool = False) -> papers.Reporte
         "batch",
     ):
         return None
-    if config["loss"] == "binary":
-        return papers.MODERN_ERRORS.get((dataset["name"], name, survival))
+    key = dataset["name"], name, survival
     if dataset["name"] != "imagenet2012":
         errors = papers.TEST_ERRORS if augmented(dataset) else papers.UNAUGMENTED_ERRORS
-        return errors.get((dataset["name"], name, survival))
-    crops = papers.TEN_CROPS if dataset["ten_crop"] else papers.ONE_CROP
-    found = papers.IMAGENET_ERRORS.get((name, papers.MULTI_SCALE if multi_scale else crops))
-    as_papers = survival == 1 and found and dataset["image_size"] == zoo.find(name).image_shape[0]
-    return found if as_papers else None
+        return errors.get(key)
+    seen = papers.TEN_CROPS if dataset["ten_crop"] else papers.ONE_CROP
+    if multi_scale:
+        seen = papers.MULTI_SCALE
+    found = papers.IMAGENET_ERRORS.get((name, seen)) if survival == 1 else None
+    if config["loss"] == "binary":
+        found = papers.MODERN_ERRORS.get(key) if seen == papers.ONE_CROP else None
+    size = dataset["eval_image_size"] or dataset["image_size"]
+    return found if found and size == zoo.find(name).image_shape[0] else None
 
 
 def write_report(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import traverse_util
+from flax.errors import ScopeParamShapeError
 from ml_collections import ConfigDict
 
 from resvariants.data import sets
@@ -21,6 +22,7 @@ from resvariants.networks import zoo
 from resvariants.processes import agreed
 from resvariants.registers import made, whose
 from resvariants.training import keys
+from resvariants.training.losses import mean_loss
 from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.parallel import Parallel, make_parallel
 from resvariants.training.step import TrainState, create_state, train_step
@@ -159,9 +161,12 @@ def configured_step(
         model=model,
         optimizer=optimizer,
         seed=config.seed,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
-        target_threshold=config.target_threshold,
+        objective=partial(
+            mean_loss,
+            loss=config.loss,
+            label_smoothing=config.label_smoothing,
+            threshold=config.target_threshold,
+        ),
         auxiliary_weight=config.auxiliary_weight,
         accumulation_steps=config.accumulation_steps,
         ema_decay=config.ema_decay,
@@ -197,9 +202,10 @@ def _build(config):
     if augmentation.after is not None:
         what = f"augmentation {dataset.augmentation}"
         made(what, _check_augmentation, augmentation.after, data_set.image_shape)
+    _check_targets(config)
     mixing = _mixing(dataset)
     mixing.check(config.batch_size)
-    if mixing and config.schedule.warmup_until_error:
+    if mixing.on and config.schedule.warmup_until_error:
         raise InputError(
             f"schedule.warmup_until_error {config.schedule.warmup_until_error} waits for an error"
             " that mixed images, of two labels each, do not have; let it be 0, with a"
@@ -217,11 +223,12 @@ def _build(config):
         batches = partial(
             stream.StreamedBatches, image_size=side, crop=crop, workers=dataset.workers
         )
+        eval_side = dataset.eval_image_size or side
         seen = stream.ten_crop if dataset.ten_crop else stream.centre
         evaluation = partial(
             stream.streamed_evaluation_batches,
             **pixels,
-            image_size=dataset.eval_image_size or side,
+            image_size=eval_side,
             crop=partial(seen, share=dataset.eval_crop),
         )
     else:
@@ -251,9 +258,16 @@ def _build(config):
         data_set.image_shape,
         ema=config.ema_decay > 0,
     )
-    made(f"optimizer {config.optimizer.name}", _check_optimizer, optimizer, new_state)
+    shapes = made(f"optimizer {config.optimizer.name}", _check_optimizer, optimizer, new_state)
+    variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    other_size = data_set.streamed and eval_side != side
+    if other_size and not takes_images(model, variables, (eval_side, eval_side, channels)):
+        raise InputError(
+            f"model {config.model.name} takes images of one size only: let dataset.eval_image_size"
+            f" {eval_side} be None, or dataset.image_size ({side})"
+        )
     if config.exact_statistics:
-        check_statistics(model, jax.eval_shape(new_state).batch_stats)
+        check_statistics(model, shapes.batch_stats)
     return Setup(
         model,
         splits,
@@ -267,6 +281,31 @@ def _build(config):
         evaluation,
         new_state,
     )
+
+
+def _check_targets(config):
+    if config.target_threshold is None:
+        return
+    if config.loss != "binary":
+        raise InputError(
+            f"target_threshold {config.target_threshold} makes targets of several classes 1, and"
+            f" loss {config.loss!r} is of one class: let loss be 'binary', or target_threshold None"
+        )
+    if config.label_smoothing:
+        raise InputError(
+            f"target_threshold {config.target_threshold} makes targets 0 and 1, which undoes"
+            f" label_smoothing {config.label_smoothing}: let that be 0, or target_threshold None"
+        )
+
+
+def takes_images(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> bool:
+    """Whether a network evaluates images (height, width, channels); no variable is looked at."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        jax.eval_shape(partial(model.apply, train=False), variables, images)
+    except (ScopeParamShapeError, TypeError, ValueError):  # which InputErrors are
+        return False
+    return True
 
 
 def batch_norms(stats: Any) -> list[tuple[str, ...]]:
@@ -289,10 +328,12 @@ def check_statistics(model: nn.Module, stats: Any) -> None:
 
 
 def _check_optimizer(optimizer, new_state):
+    # Gives the shapes of the state.
     state = jax.eval_shape(new_state)
     update = optax.with_extra_args_support(optimizer).update
     error = jax.ShapeDtypeStruct((), jnp.float32)
     jax.eval_shape(update, state.params, state.opt_state, state.params, error=error)
+    return state
 
 
 def _check_schedule(schedule):

@@ -33,7 +33,8 @@ def with_exact_statistics(
     corrupt: Any = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """`state` with the training set's mean and (biased) variance in each BatchNorm.
+    """`state` with the training set's mean and (biased) variance in each BatchNorm, also of its
+    moving averages, whose weights have statistics of their own.
 
     They are averages, in float64, over batches that are normalised by their own statistics, as in
     training: mean = avg(mean_i), var = avg(var_i + mean_i^2) - mean^2. What stood there before has
@@ -69,36 +70,47 @@ def with_exact_statistics(
     if isinstance(images, Stream):
         from resvariants.data.stream import centre  # with Pillow and Grain
 
-        options["crop"] = centre
+        options["crop"] = partial(centre, share=config.dataset.eval_crop)
     order = np.random.RandomState(config.seed).permutation(images.size)
     chosen = images.take(order[: images.size // size * size])
 
-    params, stats = state.params, state.batch_stats
+    networks = [{"params": state.params, "batch_stats": state.batch_stats}]
+    if state.ema:
+        networks.append(state.ema)
     if jax.process_count() == 1:  # or they lie on all devices already
-        params, stats = spread((params, stats), setup.parallel.replicated)
+        networks = spread(networks, setup.parallel.replicated)
     update: Any = jax.jit(
         partial(_update_from_zero, model=setup.model, seed=config.seed),
         out_shardings=setup.parallel.replicated,
         compiler_options=compiler_options(),
     )
-    numbers, averages = count(setup.total_steps), _Averages()
+    numbers, averages = count(setup.total_steps), [_Averages() for _ in networks]
     waiting: deque[Any] = deque()
 
+    def add():
+        for average, found in zip(averages, jax.device_get(waiting.popleft()), strict=True):
+            average.add(*found)
+
     def step(batch):
-        waiting.append(update(params, stats, batch, np.uint32(next(numbers))))
+        number = np.uint32(next(numbers))
+        waiting.append([update(**network, batch=batch, number=number) for network in networks])
         if len(waiting) > 2:  # so that the devices have work meanwhile
-            averages.add(*jax.device_get(waiting.popleft()))
+            add()
 
     apply_to_batches(step, setup, chosen, size, corrupt, stopping, **options)
-    for found in waiting:
-        averages.add(*jax.device_get(found))
-    if not averages.batches:
+    while waiting:
+        add()
+    if not averages[0].batches:
         raise RunError(f"no batch of {size} training images can be read whole")
-    exact = averages.put_into(jax.device_get(stats))
-    return state.replace(batch_stats=spread(exact, setup.parallel.replicated))
+    stats, *of_averages = (
+        spread(average.put_into(jax.device_get(network["batch_stats"])), setup.parallel.replicated)
+        for average, network in zip(averages, networks, strict=True)
+    )
+    ema = {**state.ema, "batch_stats": of_averages[0]} if of_averages else state.ema
+    return state.replace(batch_stats=stats, ema=ema)
 
 
-def _update_from_zero(params, stats, batch, number, *, model, seed):
+def _update_from_zero(params, batch_stats, batch, number, *, model, seed):
     # What becomes of statistics of 0, by their paths; the share that a module keeps of its old
     # ones, which is the derivative of the new ones by them; and whether all images count.
     key = jax.random.fold_in(jax.random.key(seed), number)
@@ -108,7 +120,7 @@ def _update_from_zero(params, stats, batch, number, *, model, seed):
     if isinstance(model, ResNet) and model.survival_probability < 1:
         scales = model.residual_scales()
         options["gates"] = jnp.ones(model.num_blocks) if scales is None else scales
-    flat = traverse_util.flatten_dict(stats)
+    flat = traverse_util.flatten_dict(batch_stats)
 
     def after(moments):
         _, updates = model.apply(
@@ -122,7 +134,7 @@ def _update_from_zero(params, stats, batch, number, *, model, seed):
         new = traverse_util.flatten_dict(updates["batch_stats"])
         return {path: new[path] for path in moments}
 
-    old = {path: flat[path] for layer in batch_norms(stats) for path in _moments(layer)}
+    old = {path: flat[path] for layer in batch_norms(batch_stats) for path in _moments(layer)}
     zeros, ones = (jax.tree.map(like, old) for like in (jnp.zeros_like, jnp.ones_like))
     return *jax.jvp(after, (zeros,), (ones,)), batch["mask"].all()
 

@@ -1,6 +1,6 @@
 """The one train step and the evaluation step: pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 
 from resvariants.networks.linear import vary, varying_axes
 from resvariants.platforms import platform
-from resvariants.training.losses import LOSSES, main_label, targets_of
+from resvariants.training.losses import main_label, mean_loss
 from resvariants.training.optimizer import WarmupState
 from resvariants.training.parallel import compiler_options
 
@@ -74,9 +74,7 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     seed: int,
-    loss: str = "softmax",
-    label_smoothing: float = 0.0,
-    target_threshold: float | None = None,
+    objective: Callable[[jax.Array, dict[str, jax.Array]], jax.Array] = mean_loss,
     auxiliary_weight: float = 0.3,
     accumulation_steps: int = 1,
     ema_decay: float = 0.0,
@@ -90,9 +88,8 @@ def train_step(
         `data.mixing.mixed` adds.
       optimizer: its `update` is given the batch's `error`, if it takes extra arguments.
       seed: with the step number it determines every random draw.
-      loss: one of `losses.LOSSES`.
-      target_threshold: see `losses.targets_of`.
-      auxiliary_weight: of the losses of logits that the model sows into `auxiliary_logits`.
+      objective: `(logits, batch) -> loss`, the mean over the batch's examples.
+      auxiliary_weight: of the objective of logits that the model sows into `auxiliary_logits`.
       accumulation_steps: the batch is cut into so many parts, one after the other, whose gradients
         are averaged. BatchNorm sees a part at a time.
       ema_decay: what `state.ema` keeps of itself, if there is one, once many steps were taken; at
@@ -124,14 +121,9 @@ def train_step(
                 mutable=["batch_stats", "auxiliary_logits"],
                 rngs={"stochastic_depth": key, "dropout": dropout_key},
             )
-            targets = targets_of(batch, logits, label_smoothing, target_threshold)
-
-            def mean_loss(logits):
-                return LOSSES[loss](logits, targets).mean()
-
-            main = mean_loss(logits)
+            main = objective(logits, batch)
             auxiliary = jax.tree.leaves(updates.get("auxiliary_logits", {}))
-            total = main + auxiliary_weight * sum(map(mean_loss, auxiliary))
+            total = main + auxiliary_weight * sum(objective(beside, batch) for beside in auxiliary)
             return total, (main, logits, updates.get("batch_stats", {}))
 
         (_, (main, logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -157,8 +149,7 @@ def train_step(
     if ema:
         step = state.step.astype(jnp.float32)
         rest = 1 - jnp.minimum(ema_decay, (1 + step) / (10 + step))
-        new = {"params": params, "batch_stats": stats}
-        ema = jax.tree.map(lambda old, now: old + (rest * (now - old)).astype(old.dtype), ema, new)
+        ema = optax.incremental_update({"params": params, "batch_stats": stats}, ema, rest)
     return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
 
 

@@ -957,6 +957,13 @@ def test_streamed_images_are_mixed_and_evaluated_at_another_size(folder):
     np.testing.assert_allclose(seen["image"][0], (pixels - MEAN[0]) / SCALE[0], atol=1e-5)
 
 
+def test_a_network_for_images_of_one_size_is_not_evaluated_at_another(folder):
+    keys = {"model.name": "cifar_alexnet", "dataset.image_size": 32, "dataset.eval_image_size": 64}
+    with pytest.raises(InputError, match=r"takes images of one size only: .* be None, or .*\(32\)"):
+        set_up(config(folder, **keys))
+    set_up(config(folder, **{**keys, "dataset.eval_image_size": 32}))
+
+
 def test_ten_crops_are_evaluated_by_their_mean_probability(finished, broken):
     _, _, state = evaluation.load(finished[0])
     # A surer network than six steps make, so that its ten answers differ.

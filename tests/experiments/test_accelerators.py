@@ -387,6 +387,41 @@ def test_a_report_of_two_depths_beside_stock_flax(ask):
     assert len(list((out / "hlo").iterdir())) == 4
 
 
+def test_networks_that_differ_in_depth_make_a_curve(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(
+        tables,
+        "save_figure",
+        lambda figure, path, vector: names.extend(
+            text.get_text() for text in figure.legends[0].get_texts()
+        ),
+    )
+    shared = {"part": "training", "compiles": True, "form": "ours", "target": "h100", "batch": 8}
+    rows = [
+        {
+            **shared,
+            "network": network,
+            "blocks": blocks,
+            "kernels": 1,
+            "bytes": 1,
+            "total_memory": 1,
+        }
+        for network, blocks in (
+            ("configs/cifar10.py:resnet20", 9),
+            ("configs/cifar10.py:resnet56", 27),
+            ("preact_resnet110,dataset.data_dir=a=b", 54),
+            ("preact_resnet164,dataset.data_dir=a=b", 54),
+            ("preact_resnet1001,dataset.data_dir=a=b", 333),
+        )
+    ]
+    assert tables.draw(rows, tmp_path / "depth.png", False)
+    assert names == [
+        "ResNet-N, cifar10, ours, h100, batch 8",
+        "pre-activation ResNet-N, data dir a=b, ours, h100, batch 8",
+    ]
+    assert not tables.draw(rows[2:4], tmp_path / "depth.png", False)
+
+
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_several_devices_reduce_once_when_each_has_its_own_statistics(ask, parallel):
     _, out = ask(

@@ -15,7 +15,16 @@ from nets import random_variables
 from PIL import Image
 from repository import QUICKLY, ROOT
 
-from configs import cifar10, cifar100, densenet_unaugmented, digits, imagenet, mnist, svhn
+from configs import (
+    cifar10,
+    cifar100,
+    densenet_unaugmented,
+    digits,
+    imagenet,
+    imagenet_modern,
+    mnist,
+    svhn,
+)
 from configs import stochastic_depth as stochastic_depth_recipes
 from resvariants import InputError, create_model, registers
 from resvariants.data import sets, stream
@@ -296,6 +305,12 @@ BESIDE = [
     (digits, "resnet20", {}, ""),
     (imagenet, "resnet18", {}, "other recipe (dataset.color_jitter, dataset.crop, opt"),
     (imagenet, "resnet18", imagenet.TORCH, "30.43 %, top-5 10.76 % (one crop; fb"),
+    (imagenet, "alexnet", {"dataset.ten_crop": True}, "40.70 %"),
+    (imagenet, "resnet50", {"dataset.eval_image_size": 320}, ""),
+    (imagenet, "resnet50", {"dataset.image_size": 128, "dataset.eval_image_size": 224}, "other"),
+    (imagenet_modern, "resnet50_v1_5", {}, "21.90 %"),
+    (imagenet_modern, "resnet50_v1_5", {"dataset.mixup": 0.2}, "other recipe (dataset.mixup)"),
+    (imagenet_modern, "resnet50_v1_5", {"dataset.ten_crop": True}, ""),
 ]
 FREELY = {
     "seed": 3,

@@ -258,6 +258,7 @@ PAPERS["imagenet_modern"] = PAPERS["imagenet"] | {
     "dataset.mix_probability": 1.0,
     "batch_size": 2048,
     "loss": "binary",
+    "target_threshold": 0.2,
     "optimizer.name": "lamb",
     "optimizer.weight_decay": 0.02,
     "optimizer.clip_norm": 1.0,
@@ -339,6 +340,7 @@ OWN = {
         "schedule.milestones": (20, 40, 60),
     },
     ("imagenet", "alexnet"): {
+        "dataset.image_size": 227,
         "dataset.shorter_side": (256, 256),
         "batch_size": 128,
         "optimizer.weight_decay": 5e-4,

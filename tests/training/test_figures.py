@@ -21,6 +21,7 @@ from resvariants.training import figures
         ("cifar_vgg19_bn", "CIFAR VGG-19 (BatchNorm)"),
         ("vgg15_width128", "VGG-15 (width 128)"),
         ("resnet110_exclusive_gating", "ResNet-110 (exclusive gating)"),
+        ("resnet110_relu_before_addition", "ResNet-110 (ReLU before addition)"),
         ("my_net20", "my_net20"),
     ],
 )
@@ -89,6 +90,12 @@ def test_curves_show_every_run_and_name_the_mean_of_their_last_errors(tmp_path):
     assert len(falls) == 1
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["one, test: 51.00 %", "other, test: 40.00 %"]
+
+    # A linear schedule divides its rate at last, too.
+    falling = [{**row("train", s, 50.0), "learning_rate": (40 - s) / 300} for s in range(2, 40, 2)]
+    _, (axes,) = figures.new_figure()
+    figures.plot_curves(axes, {"one": [[*falling, row("test", 38, 50.0)]]})
+    assert [len(line.get_xdata()) for line in axes.lines] == [19, 1, 0]  # the last: the legend's
 
     figures.save_figure(figure, tmp_path / "new" / "curves.png", vector=True)
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")

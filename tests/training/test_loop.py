@@ -410,6 +410,12 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
             "two labels each",
         ),
         ({"accumulation_steps": 5}, "in 5 parts each .*40 or 80"),
+        ({"accumulation_steps": 0}, "accumulation_steps is 0; it must be a positive"),
+        ({"target_threshold": 0.5}, "let loss be 'binary'"),
+        (
+            {"loss": "binary", "target_threshold": 0.5, "label_smoothing": 0.1},
+            "undoes label_smoothing 0.1",
+        ),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; it must be .*below 1"),
         ({"loss": "hinge"}, "allowed: binary, softmax"),
         ({"target_threshold": -0.5}, "target_threshold is -0.5; it must be .*below 1"),

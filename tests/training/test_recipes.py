@@ -12,7 +12,7 @@ from short_runs import config, without_speed
 
 from resvariants import InputError, create_model
 from resvariants.training import evaluation, log, loop
-from resvariants.training.losses import LOSSES, main_label, targets_of
+from resvariants.training.losses import LOSSES, main_label, mean_loss, targets_of
 from resvariants.training.parallel import check_batch_size, make_parallel
 from resvariants.training.setup import set_up
 from resvariants.training.step import create_state, train_step
@@ -79,7 +79,7 @@ def one_step(model, batch, **options):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     with jax.enable_x64(True):
-        options = {"loss": "binary", "label_smoothing": 0.1}
+        options = {"objective": partial(mean_loss, loss="binary", label_smoothing=0.1)}
         (whole, metrics), (parts, of_parts) = (
             one_step(NoNorm(), MIXED, accumulation_steps=parts, **options) for parts in (1, 4)
         )
@@ -191,7 +191,8 @@ def test_a_run_with_all_of_it_resumes_to_the_same_bits_and_evaluates_the_average
 
 def test_devices_agree_on_mixed_images_in_parts_with_averages():
     """One device, four by `jit` and eight by `pmap`, on a batch that all mix alike."""
-    options = {"accumulation_steps": 2, "ema_decay": 0.9, "loss": "binary"}
+    objective = partial(mean_loss, loss="binary")
+    options = {"accumulation_steps": 2, "ema_decay": 0.9, "objective": objective}
     batch = {k: v.astype(np.float32) if k == "image" else v for k, v in MIXED.items()}
     found = []
     for mode, count in (("jit", 1), ("jit", 4), ("pmap", 8)):

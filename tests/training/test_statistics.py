@@ -145,6 +145,18 @@ def test_they_are_those_of_all_whole_batches_and_owe_nothing_to_the_old_ones():
     jax.tree.map(np.testing.assert_array_equal, exact(made, others, setup), found)
 
 
+def test_moving_averages_have_those_of_their_own_weights():
+    made = config(ema_decay=0.9)
+    setup = set_up(made)
+    ours, others = (random_variables(setup.model, setup.image_shape, seed) for seed in (0, 1))
+    state = setup.state_of(ours).replace(ema=others)
+    state = with_exact_statistics(made, setup, state)
+    parts = batches(setup.splits["train"].images)
+    check(flat(state.batch_stats), ours, parts)
+    check(flat(state.ema["batch_stats"]), others, parts)
+    jax.tree.map(np.testing.assert_array_equal, state.ema["params"], others["params"])
+
+
 @pytest.mark.parametrize("draw", ["batch", "example"])
 def test_with_stochastic_depth_blocks_are_on_and_scaled_as_in_evaluation(draw):
     survival = {"model.survival_probability": 0.4, "model.survival_draw": draw}

@@ -13,6 +13,7 @@ from flax import traverse_util
 from configs import default
 from resvariants import InputError, create_model
 from resvariants.networks.summary import abstract_variables
+from resvariants.training.losses import mean_loss
 from resvariants.training.optimizer import make_optimizer, make_schedule
 from resvariants.training.step import create_state, eval_step, evaluation_sums, train_step
 
@@ -267,6 +268,27 @@ def test_weight_decay_takes_the_parameters_that_the_pattern_finds(pattern, spare
         np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("always_adapt", [True, False])
+def test_lamb_adapts_what_decays_alone_if_asked_to(weight_decay, always_adapt):
+    """At the first step Adam's direction is 1 everywhere, of whatever size the gradient is."""
+    options = {"name": "lamb", "options": {"always_adapt": always_adapt}}
+    section = optimizer_config(weight_decay=weight_decay, **options)
+    optimizer = make_optimizer(section, lambda step: 0.1)
+    params = {"kernel": jnp.full((3, 3), 2.0), "scale": jnp.full(4, 5.0)}
+    grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.3), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    adapted = {
+        "kernel": always_adapt or weight_decay > 0,
+        "scale": always_adapt,
+    }
+    for name, adapts in adapted.items():
+        decay = weight_decay * 2.0 if name == "kernel" else 0.0
+        size = {"kernel": 2.0, "scale": 5.0}[name]
+        expected = -0.1 * (size if adapts else 1 + decay)
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-4, err_msg=name)
+
+
 # A warm-up that waits for the training error
 
 ERRORS = np.random.default_rng(4).normal(np.linspace(0.95, 0.5, 400), 0.1).clip(0, 1)
@@ -392,7 +414,9 @@ def test_a_fresh_state_is_at_step_0_and_its_seed_determines_it():
 def test_metrics_and_update_of_a_linear_model_are_the_formulas(smoothing):
     state, step = start(Linear(), SHAPE)
     batch = make_batch(13, SHAPE, CLASSES)
-    after, metrics = jax.jit(partial(step, label_smoothing=smoothing))(state, batch)
+    after, metrics = jax.jit(
+        partial(step, objective=partial(mean_loss, label_smoothing=smoothing))
+    )(state, batch)
     by_hand = linear_by_hand(state.params, batch, smoothing)
     assert 0 < by_hand["error"] < 1
     assert float(metrics["loss"]) == pytest.approx(by_hand["loss"], rel=1e-5)

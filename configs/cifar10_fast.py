@@ -4,8 +4,8 @@
     python experiments/train.py --config=configs/cifar10_fast.py:resnet20 \
         --config.dataset.data_dir=data --workdir=runs/fast
 
-One cycle of the learning rate, smoothed labels, weights averaged over the last steps. How it was
-found, and the paper's schedule cut to ten epochs beside it: `experiments/results/photographs`.
+One cycle of the learning rate, smoothed labels, weights averaged over the last steps. Its values
+are a first guess until the search in `experiments/results/photographs` has been run.
 """
 
 from configs import cifar10

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from scipy.stats import kendalltau
 
-from common.commandline import make_parser, run
-from common.recipes import add_output_arguments
+from common.commandline import make_parser, natural, run
+from common.recipes import add_output_arguments, once
 from common.reports import Remembered, progress, table, write_report
 from common.runs import Loaded, load_run
 from resvariants import InputError
@@ -104,8 +104,7 @@ def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: boo
         for number, (run_name, result) in enumerate(results.items()):
             plot(axes, color(number), names[run_name], result)
         axes.set(xlabel=xlabel, ylabel="test error (%)", ylim=(0, 100))
-        if axes.has_data():  # not every net has blocks to swap
-            axes.legend()
+        axes.legend()
         save_figure(drawn, out / name, vector)
 
     def single(axes, colour, label, result):
@@ -119,6 +118,7 @@ def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: boo
     def many(axes, colour, label, result):
         means = [statistics.mean(errors) for errors in result["many"].values()]
         low, high = zip(*((min(e), max(e)) for e in result["many"].values()), strict=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(list(result["many"]), means, ".-", color=colour, label=label)
         axes.fill_between(list(result["many"]), low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -126,9 +126,19 @@ def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: boo
         if result["swaps"]:
             axes.plot(*zip(*result["swaps"], strict=True), ".", color=colour, label=label)
 
-    figure("single.png", "deleted block, as a share of depth (triangles: first of a stage)", single)
+    figure(
+        "single.png",
+        "deleted block, as a share of depth (triangles: first of a stage; dotted: none deleted)",
+        single,
+    )
     figure("many.png", "deleted blocks", many)
-    figure("swaps.png", "Kendall's tau between the old and the new order", swaps)
+    if _swapped(results):
+        figure("swaps.png", "Kendall's tau between the old and the new order", swaps)
+
+
+def _swapped(results):
+    # Not every net has blocks to swap.
+    return any(result["swaps"] for result in results.values())
 
 
 def report(results: dict[str, dict], args: argparse.Namespace) -> None:
@@ -179,7 +189,9 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
         "",
         "![one block deleted](single.png)",
         "![several blocks deleted](many.png)",
-        "![blocks swapped](swaps.png)",
+        "![blocks swapped](swaps.png)"
+        if _swapped(results)
+        else "No swaps: no stage has two blocks of one shape.",
         "",
     ]
     write_report(args.out / "report.md", lines)
@@ -188,7 +200,7 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
 def main() -> None:
     """Reads the command line and studies each run."""
     parser = make_parser(__doc__)
-    parser.add_argument("--workdirs", nargs="+", required=True, help="finished runs")
+    parser.add_argument("--workdirs", nargs="+", type=Path, required=True, help="finished runs")
     add_output_arguments(parser)
     parser.add_argument("--data_dir", help="where the data set lies now, if it has moved")
     parser.add_argument("--images", type=int, default=2000, help="of the test set")
@@ -196,10 +208,11 @@ def main() -> None:
         "--max_deletions", type=int, default=10, help="or as many as there are; the paper: 20"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     args = parser.parse_args()
     if min(args.images, args.max_deletions, args.repeats) < 1:
         raise InputError("--images, --max_deletions and --repeats are at least 1")
+    once(args.workdirs)
     runs = [load_run(workdir, args.data_dir) for workdir in args.workdirs]
     for run_ in runs:
         count_blocks(run_.model)  # raises where there are none

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binom, linregress
 
-from common.commandline import make_parser, run
+from common.commandline import make_parser, natural, run
 from common.recipes import add_output_arguments
 from common.reports import Remembered, budget, progress, table, write_report
 from common.runs import batches_of, load_run, read_run
@@ -47,6 +47,8 @@ def draw(norms: np.ndarray, counts: np.ndarray, contributions: np.ndarray, name:
     """Three figures side by side, as figure 6 of the paper, of the network `name`."""
     figure, axes = new_figure(3)
     figure.suptitle(title(name))
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].plot(counts, ".-", markersize=3)
     axes[0].set(title="paths", xlabel="length (blocks)", ylabel="share of all paths")
     axes[1].semilogy(norms.mean(axis=1), ".-", markersize=3)
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=20, help="measurements of each length; the paper: 1000"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--train_effective", action="store_true", help="on short paths only, too")
     args = parser.parse_args()
     if min(args.images, args.samples) < 1:

@@ -21,7 +21,7 @@ from resvariants.errors import InputError, RunError, nearest
 from resvariants.interrupts import Interrupted
 from resvariants.processes import is_main, order_collectives
 from resvariants.registers import import_modules
-from resvariants.training.keys import OPEN
+from resvariants.training.keys import KEYS, OPEN
 
 CONFIGS = Path(default.__file__).parent
 MODULES_HELP = "modules or files of your own to import, which register networks, data sets and more"
@@ -37,10 +37,26 @@ _MODULES = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 _MODULES.add_argument("--modules", nargs="+", action=_Import, default=[], help=MODULES_HELP)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the arguments)")
+
+
 def make_parser(documentation: str, **options: Any) -> argparse.ArgumentParser:
-    """A parser described by the first line of a program's docstring; it knows `--modules`."""
+    """A parser described by the first line of a program's docstring; it knows `--modules`.
+
+    What is wrong with a command line, it raises as an InputError.
+    """
     description = documentation.splitlines()[0]
-    return argparse.ArgumentParser(description=description, parents=[_MODULES], **options)
+    return _Parser(description=description, parents=[_MODULES], **options)
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more, as a type of arguments."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
 
 
 def run(main: Callable[[], object]) -> None:
@@ -109,12 +125,25 @@ def _parse_flags(argv):
         flags.FLAGS.config.keys()  # a config file that does not load complains only when used
         for key in flags.FLAGS["config"].override_values:
             check_key(key)
+        if len(rest) > 1:
+            raise InputError(
+                f"{rest[1]!r} belongs to no flag; values stand behind an equals sign, as in"
+                " --config.dataset.flip=False"
+            )
         return rest
     except flags.Error as error:
         # A recipe may refuse its network; ml_collections gives the traceback as text.
         if refused := re.search(r"InputError: (.*)\n", str(error)):
             raise InputError(refused[1]) from None
-        raise InputError(f"{error} (--helpshort lists the flags)") from None
+        if missing := re.match(r"flag --(\w+)=None", str(error)):
+            raise InputError(f"--{missing[1]} is missing (--help lists the flags)") from None
+        if wrong := re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL):
+            for key in KEYS:
+                if key.name == wrong[1]:
+                    raise InputError(
+                        f"{key.name} is {wrong[2]!r}; it must be {key.allowed}"
+                    ) from None
+        raise InputError(f"{error} (--help lists the flags)") from None
     except (AttributeError, KeyError, TypeError):
         given = (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)
         for match in given:

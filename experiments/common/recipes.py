@@ -14,7 +14,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from common.commandline import check_key, no_such_config
+from common.commandline import check_key, natural, no_such_config
 from common.runs import Finished, read_run
 from resvariants import InputError
 from resvariants.training import loop
@@ -50,7 +50,9 @@ def add_training_arguments(
     budget.add_argument("--steps", type=int, help="cut recipes to so many, in proportion")
     budget.add_argument("--epochs", type=_positive, help="the same in epochs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[0])
+    names = ("models", "config", "steps", "epochs", "set", "seeds")
+    parser.set_defaults(of_training={name: parser.get_default(name) for name in names})
     parser.add_argument("--data_dir", help="where the data set was prepared")
     add_output_arguments(parser, "folder of runs and report")
 
@@ -69,7 +71,15 @@ def folder(text: str) -> Path:
     found = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not found.is_dir():
         raise argparse.ArgumentTypeError(f"{found} is no folder")
+    if (path / "config.json").exists():
+        raise argparse.ArgumentTypeError(f"{path} holds a run, with a report of its own")
     return path
+
+
+def once(workdirs: Sequence[Path]) -> None:
+    """Raises InputError if a run is there twice."""
+    if len({path.resolve() for path in workdirs}) < len(workdirs):
+        raise InputError("--workdirs: each run can be there once")
 
 
 def _positive(text):
@@ -92,6 +102,9 @@ def recipe(spec: str, args: argparse.Namespace, seed: int, **changes: Any) -> Co
     """
     _, _, config = base_recipe(spec, args.config)
     given = spec.split(",")[1:]
+    for change in (*args.set, *given):
+        if "=" not in change:
+            raise InputError(f"{change!r} is no KEY=VALUE, such as seed=1")
     values = dict(change.partition("=")[::2] for change in (*args.set, *given))
     values = {key: literal(value) for key, value in values.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -163,8 +176,8 @@ def jobs(
     Raises:
       InputError: a config that cannot be trained, or a workdir of another config.
     """
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise InputError(f"--seeds {args.seeds}: they must differ, and be 0 or more")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {args.seeds}: they must differ")
     if len(set(specs)) < len(specs):
         raise InputError(f"networks {', '.join(specs)}: each can be there once")
     found = []
@@ -229,8 +242,12 @@ def chosen_networks(
     """
     if not args.workdirs:
         return train_networks(args.models, args, check)
-    if len({path.resolve() for path in args.workdirs}) < len(args.workdirs):
-        raise InputError("--workdirs: each run can be there once")
+    idle = [
+        f"--{name}" for name, default in args.of_training.items() if getattr(args, name) != default
+    ]
+    if idle:
+        raise InputError(f"--workdirs are trained already: leave out {' and '.join(idle)}")
+    once(args.workdirs)
     groups: dict[str, list[Finished]] = {}
     for finished in map(read_run, args.workdirs):
         config = flatten_dict(json.loads(finished.config.to_json()), sep=".")

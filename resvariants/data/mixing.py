@@ -30,7 +30,12 @@ class Mixing(NamedTuple):
         return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def check(self, batch_size: int) -> None:
-        """Raises InputError if batches of `batch_size` have nothing to mix."""
+        """Raises InputError if there is nothing to mix, in batches of `batch_size` or at all."""
+        if self.probability < 1 and not (self.mixup or self.cutmix):
+            raise InputError(
+                f"dataset.mix_probability {self.probability} is of no use without dataset.mixup or"
+                " dataset.cutmix"
+            )
         if self.on and batch_size < 2:
             raise InputError(
                 "dataset.mixup and dataset.cutmix mix the images of a batch, and batch_size is 1:"

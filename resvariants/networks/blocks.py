@@ -16,7 +16,7 @@ from flax import linen as nn
 from resvariants.errors import InputError, choose
 from resvariants.networks.convolution import ModuleFactory, conv
 from resvariants.networks.gates import apply_gate
-from resvariants.networks.layers import activate
+from resvariants.networks.layers import activate, check_images
 from resvariants.networks.normalisation import batch_norm, no_norm
 from resvariants.networks.parts import (
     PLACEMENTS,
@@ -147,8 +147,15 @@ class Block(nn.Module):
           train: as the attribute, which need not be given then.
 
         Raises:
-          InputError: neither a `norm` nor `train`, or a combination of attributes that cannot be.
+          InputError: neither a `norm` nor `train`, attributes that cannot be, alone or together,
+            or an `x` of another shape.
         """
+        check_images(x)
+        if not all(isinstance(n, int) and n > 0 for n in (self.features, self.strides)):
+            raise InputError(
+                f"{type(self).__name__} has features {self.features} and strides {self.strides};"
+                " each is one positive whole number"
+            )
         norm, train = norm_and_train(self, train)
         if self.dilate and (self.weighting is not None or self.shortcut is SHORTCUTS["A_average"]):
             raise InputError(

@@ -17,6 +17,7 @@ from jax import lax
 
 from resvariants.errors import InputError, choose
 from resvariants.networks.linear import linear_map, vary, varying_axes
+from resvariants.networks.parts import residual_merge
 from resvariants.platforms import platform
 
 
@@ -233,8 +234,8 @@ def check_survival(probability: float) -> None:
     """Raises InputError if `probability` is outside (0, 1]."""
     if not 0 < probability <= 1:
         raise InputError(
-            f"survival probability {probability} is outside (0, 1]: it is the chance that the last"
-            " block is kept (0.5 in the paper, 1 for constant depth)"
+            f"survival probability {probability} is outside (0, 1]: it is the chance that a block,"
+            " under linear decay the last one, is kept (0.5 in the paper, 1 for constant depth)"
         )
 
 
@@ -284,9 +285,15 @@ class StochasticDepth(nn.Module):
         """The branch's output for `x` and whatever else it takes, or zeros.
 
         Raises:
-          InputError: survival probability outside (0, 1], or a branch whose output is not like x.
+          InputError: survival probability outside (0, 1], a branch whose output is not like x, or
+            a residual block, which has its own shortcut, in a branch's place.
         """
         check_survival(self.survival_probability)
+        if getattr(self.branch, "merge", None) is residual_merge:
+            raise InputError(
+                f"{type(self.branch).__name__} adds a shortcut itself, which StochasticDepth would"
+                " drop with the rest: give the block a gate instead, `block(x, gate, train=train)`"
+            )
         gate = None
         if self.survival_probability < 1 and not self.is_initializing():
             gate = jnp.asarray(self.survival_probability)

@@ -63,6 +63,7 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             read_only=keep is None,
+            save_interval_steps=int(keep is not None),  # or Orbax says that it sets it to 0
             cleanup_tmp_directories=keep is not None,
             # Orbax cannot make folders for some of the processes; `_open` does.
             create=False,
@@ -147,7 +148,10 @@ class Checkpoints:
         try:
             return self._read(state, step)
         except _Unreadable as error:
-            raise InputError(f"{error}. Delete that folder to use the one before it.") from error
+            raise InputError(
+                f"{error}. Move that folder away to use the one before it; a finished run trains"
+                " the rest anew if its result.json is moved away, too, and it is started again"
+            ) from error
 
     def restore_newest(self, state: Any, say: Callable[[str], object]) -> Restored | None:
         """The newest state that can be read, or None if none was ever saved.

@@ -132,7 +132,10 @@ def save_figure(figure: Any, path: Path, vector: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     if vector:
-        figure.savefig(path.with_suffix(".pdf"))
+        import matplotlib
+
+        with matplotlib.rc_context({"pdf.fonttype": 42}):  # publishers refuse Type 3
+            figure.savefig(path.with_suffix(".pdf"))
 
 
 def _of_many_steps(curve):
@@ -149,12 +152,18 @@ def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]
       runs: the rows of each network's runs (such as those of several seeds), by its name.
     """
     # Marked, since a short run may have been evaluated only once.
-    styles = {"train": ("--", 0.8), "validation": (".:", 1.2), "test": (".-", 1.5)}
+    kinds = (
+        ("train", "error", "--", 0.8),
+        ("validation", "error", ".:", 1.2),
+        ("test", "error", ".-", 1.5),
+        ("test", "ema_error", ".-.", 1.0),
+    )
     every = [row for seeds in runs.values() for rows in seeds for row in rows]
     for number, (name, seeds) in enumerate(runs.items()):
-        for split, (style, width) in styles.items():
+        for split, key, style, width in kinds:
             curves = [
-                [(r["step"], r["error"]) for r in rows if r["split"] == split] for rows in seeds
+                [(r["step"], r[key]) for r in rows if r["split"] == split and key in r]
+                for rows in seeds
             ]
             if split == "train":
                 curves = [_of_many_steps(curve) for curve in curves]
@@ -164,10 +173,19 @@ def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]
                 axes.plot(*zip(*curve, strict=True), style, **look)
             if curves and split != "train":
                 last = sum(curve[-1][1] for curve in curves) / len(curves)
-                axes.plot([], [], style, **look, label=f"{name}, {split}: {last:.2f} %")
+                what = f"{split}, averaged weights" if key == "ema_error" else split
+                axes.plot([], [], style, **look, label=f"{name}, {what}: {last:.2f} %")
     # The last part of a run matters most; the first steps at chance level would flatten it.
     errors = sorted(row["error"] for row in every)
-    axes.set_ylim(0, max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))]))
+    ends = [
+        row["error"]
+        for seeds in runs.values()
+        for rows in seeds
+        for row in {row["split"]: row for row in rows}.values()
+    ]
+    top = max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))], 1.05 * max(ends))
+    axes.set_ylim(0, min(top, 100.0))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     first = next(iter(runs.values()))[0]
     rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
     for (_, earlier), (step, before), (_, after) in zip(

@@ -29,7 +29,6 @@ from resvariants.training.kinds import (
     NAMES,
     NATURAL,
     NOT_NEGATIVE,
-    NUMBER,
     NUMBERS,
     OPTIONS,
     PERCENT,
@@ -38,6 +37,7 @@ from resvariants.training.kinds import (
     SCHEDULED,
     SEED,
     SHARE,
+    SURVIVAL,
     TEXT,
     Key,
     Kind,
@@ -80,8 +80,8 @@ KEYS = (
     Key(
         "model.survival_probability",
         1.0,
-        NUMBER,
-        "of the last block, in (0, 1]; below 1: stochastic depth",
+        SURVIVAL,
+        "of the last block; below 1: stochastic depth (plain nets' skipped blocks are option A)",
     ),
     Key("model.survival_schedule", "linear", SURVIVAL_SCHEDULES, "linear decay to it, or uniform"),
     Key(

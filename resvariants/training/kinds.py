@@ -37,6 +37,8 @@ POSITIVE = Kind("positive and finite", lambda x: 0 < x < math.inf)
 ABOVE_0 = Kind("positive", lambda x: x > 0)
 NOT_NEGATIVE = Kind("at least 0 and finite", lambda x: 0 <= x < math.inf)
 PROBABILITY = Kind("from 0 to 1", lambda x: 0 <= x <= 1)
+#: Networks say more of those that are outside.
+SURVIVAL = Kind("above 0 and at most 1", NUMBER.allows)
 ABOVE_0_TO_1 = Kind("above 0 and at most 1", lambda x: 0 < x <= 1)
 MAGNITUDE = Kind("from 0 to 10", lambda x: 0 <= x <= 10)
 SHARE = Kind("at least 0 and below 1", lambda x: 0 <= x < 1)

@@ -94,7 +94,11 @@ class Log:
 
     def _check_finite(self, step, values):
         if not all(map(math.isfinite, values.values())):
-            found = ", ".join(f"{key} {value:g}" for key, value in values.items())
+            found = ", ".join(
+                f"{key.replace('_', ' ')} {value:g}"
+                for key, value in values.items()
+                if key != "error"
+            )
             raise TrainingDiverged(
                 f"step {step}: {found} at learning rate {self._learning_rate(step):g}. The"
                 " checkpoints are from before. A lower schedule.learning_rate, a longer"

@@ -183,7 +183,9 @@ class _Run:
                 f"the data have changed: {size:,} training images now, {counters['images']:,} when"
                 " this run began. Put them back, or name another workdir"
             )
-        self.workdir.keep_rows(step)
+        missing = (counters or {}).get("rows", 0) - self.workdir.keep_rows(step)
+        if missing > 0:
+            reporter.line(f"metrics.jsonl lacks {missing} rows of the steps up to {step}")
         if found is None:
             return from_main(to_host(self.setup.new_state())), step, counters
         if is_main():
@@ -262,6 +264,7 @@ class _Run:
         if self.checkpoints is not None:
             counters = {
                 **self.log.counters(),
+                "rows": len(self.log.rows),
                 "images": self.setup.splits["train"].size,
                 "corrupt": self.corrupt and self.corrupt.names,
             }

@@ -78,7 +78,7 @@ def check_batch_size(size: int, count: int | None = None, *, parts: int = 1) -> 
         below = max(size // unit, 1) * unit
         cut = f", in {parts} parts each (accumulation_steps)" if parts > 1 else ""
         raise InputError(
-            f"batch_size {size} cannot be shared equally by {count} devices{cut};"
+            f"batch_size {size} cannot be shared equally by {count} device{'s' * (count > 1)}{cut};"
             f" the nearest that can: {below} or {below + unit}"
         )
 

@@ -106,12 +106,15 @@ class Workdir:
             ) from error
         return rows
 
-    def keep_rows(self, last_step: int) -> None:
-        """Drops the rows after `last_step`: the run is about to write them again."""
+    def keep_rows(self, last_step: int) -> int:
+        """Drops the rows after `last_step`, which the run is about to write again; gives how many
+        there are left, of process 0.
+        """
         if not is_main():
-            return
+            return 0
         rows = [row for row in self._read_rows() if row["step"] <= last_step]
         _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return len(rows)
 
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to `metrics.jsonl`."""
@@ -195,7 +198,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        again = " Without it, the training command makes it again." * (path.name == "result.json")
+        raise InputError(f"{path} cannot be read: {error}.{again}") from error
     return value
 
 

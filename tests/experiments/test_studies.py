@@ -245,7 +245,7 @@ def test_comparison_trains_what_is_missing_and_compares_what_is_there(tmp_path, 
     mean, deviation = (float(part) for part in row[5].split("±"))
     assert mean == pytest.approx((first + second) / 2, abs=0.006)
     assert deviation == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
-    assert row[0] == "75,002" and row[6] == ""
+    assert row[0] == "75,002" and len(row) == 6  # no paper has an error on the digits
     # Finished runs stay as they are; an unfinished one goes on.
     (tmp_path / specs[1] / "seed0" / "result.json").unlink()
     printed = start(compare, *arguments, *specs)
@@ -414,8 +414,9 @@ def test_top5_errors_have_a_column_where_there_are_any():
     many = [few._replace(result={**result, "test_top5_error": error}) for error in (10.0, 20.0)]
     assert not any("top-5" in line for line in compare.results_table({"few": [few]}))
     header, _, *lines = compare.results_table({"few": [few], "many": many})
-    position = header.split(" | ").index("test top-5 error")
-    assert [line.split(" | ")[position] for line in lines] == ["", "15.00 ± 7.07"]
+    position = header.strip("| ").split(" | ").index("test top-5 error")
+    found = [line.removeprefix("| ").removesuffix(" |").split(" | ")[position] for line in lines]
+    assert found == ["", "15.00 ± 7.07"]
 
 
 def test_several_runs_are_evaluated_as_an_ensemble(finished, start):
@@ -513,6 +514,13 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
         (["--models", "resnet8", "--steps=0"], "no step at all"),
         (["--models", "configs/default.py:resnet8"], "is no recipe"),
         (["--models", "resnet8", "--set", "batch_size=1000"], "exceeds"),
+        (["--models", "resnet8", "--set", "ema_decay"], "'ema_decay' is no KEY=VALUE"),
+        (["--workdirs", finished, "--steps=5", "--seeds", "1"], "leave out --steps and --seeds"),
+        (["--workdirs", finished, f"--out={finished}"], "holds a run, with a report of its own"),
+        (["--epochs=nan"], "nan is not positive"),
+        (["--steps=1", "--epochs=1"], "not allowed with argument"),
+        ([f"--out={finished}/config.json"], "is no folder"),
+        (["--seeds=-1"], "-1 is less than 0"),
     ):
         assert says in refused(start, compare, out, *arguments)
     for name in ("densenet40_k12", "plain8"):
@@ -524,13 +532,7 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
     assert "must differ" in refused(start, compare, out, "--seeds", "1", "1")
     assert "each can be" in refused(start, compare, out, "--models", "resnet8", "resnet8")
     assert "each run" in refused(start, compare, out, "--workdirs", finished, finished)
-    for arguments in (
-        ["--epochs=nan"],
-        ["--steps=1", "--epochs=1"],
-        [f"--out={finished}/config.json"],
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            start(compare, out, *arguments)
+    assert "each run" in refused(start, lesion, "--workdirs", finished, finished, out)
     assert not (tmp_path / "out").exists()
 
 

@@ -252,6 +252,20 @@ def test_wrong_names_are_refused_with_the_allowed_ones(options, message):
         rv.BasicBlock(8, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"features": 8}, (4, 4, 8), r"images are \(batch, .* one: image\[None\]"),
+        ({"features": 8, "strides": (2, 2)}, (1, 4, 4, 8), r"strides \(2, 2\); each is one pos"),
+        ({"features": 8, "strides": 0}, (1, 4, 4, 8), "PreActBasicBlock has .* strides 0"),
+        ({"features": 0}, (1, 4, 4, 8), "has features 0"),
+    ],
+)
+def test_what_a_block_cannot_take_is_refused(options, shape, message):
+    with pytest.raises(InputError, match=message):
+        rv.PreActBasicBlock(**options).init(jax.random.key(0), images(*shape), train=False)
+
+
 @pytest.mark.parametrize("block", [rv.BottleneckBlock, rv.PreActBottleneckBlock])
 @pytest.mark.parametrize(("features", "nearest"), [(10, "8 and 12"), (3, "4 and 8")])
 def test_a_bottleneck_has_a_quarter_of_its_features_inside(block, features, nearest):

@@ -386,6 +386,12 @@ def test_a_branch_that_makes_something_else_is_refused_at_once(branch, says):
         StochasticDepth(branch).init(jax.random.key(0), images(5, 3), train=False)
 
 
+def test_a_block_with_its_own_shortcut_is_no_branch():
+    with pytest.raises(InputError, match="PreActBasicBlock adds a shortcut itself"):
+        StochasticDepth(rv.PreActBasicBlock(3)).init(jax.random.key(0), images(5, 3), train=False)
+    StochasticDepth(rv.PlainBlock(3)).init(jax.random.key(0), images(5, 4, 4, 3), train=False)
+
+
 def test_networks_with_stochastic_depth_are_captured_while_training():
     """The same result and statistics as without; stacked blocks' outputs are in order."""
     model = create_model("resnet20", 3, survival_probability=0.5).clone(

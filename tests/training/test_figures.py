@@ -91,6 +91,12 @@ def test_curves_show_every_run_and_name_the_mean_of_their_last_errors(tmp_path):
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["one, test: 51.00 %", "other, test: 40.00 %"]
 
+    # However few of all rows it is, the end of every curve is seen.
+    low = [row("train", step, 1.0) for step in range(1, 50)]
+    _, (axes,) = figures.new_figure()
+    figures.plot_curves(axes, {"one": [[*low, row("test", 50, 66.0)]]})
+    assert 66 < axes.get_ylim()[1] < 100
+
     # A linear schedule divides its rate at last, too.
     falling = [{**row("train", s, 50.0), "learning_rate": (40 - s) / 300} for s in range(2, 40, 2)]
     _, (axes,) = figures.new_figure()

@@ -228,6 +228,17 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_
         evaluation.evaluate(tmp_path / "run", "test")
 
 
+def test_rows_that_are_lost_are_named(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    (copy / "result.json").unlink()
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
+    result = loop.train(config(), copy)
+    assert "metrics.jsonl lacks 1 rows of the steps up to" in capsys.readouterr().out
+    assert result["test_error"] == finished[1]["test_error"]
+
+
 def test_two_runs_cannot_write_to_one_workdir(tmp_path):
     with (
         Workdir(tmp_path / "run", config()).writing(),
@@ -366,7 +377,7 @@ def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
     with pytest.raises(InputError, match="cannot be read") as caught:
         evaluation.evaluate(copy, "test")
     assert str(copy / "checkpoints" / str(STEPS)) in str(caught.value)
-    assert "Delete that folder" in str(caught.value)
+    assert "Move that folder away" in str(caught.value)
 
 
 def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
@@ -399,6 +410,7 @@ def test_a_folder_that_is_no_workdir_is_refused(finished, tmp_path):
         ({"model.unroll": -1}, "unroll is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"dataset.mix_probability": 1.5}, "mix_probability is 1.5; it must be from 0 to 1"),
+        ({"dataset.mix_probability": 0.5}, "of no use without dataset.mixup"),
         ({"dataset.mixup": -0.1}, "mixup is -0.1; it must be at least 0"),
         (
             {
@@ -496,7 +508,15 @@ def program(workdir, *arguments):
             ["--config=configs/digits.py:resnet20", "--config.optimzer.momentum=0"],
             "unknown config key 'optimzer.momentum'; nearest: optimizer.momentum",
         ),
-        (["--config=configs/digits.py:resnet20", "--config.seed=one"], "invalid literal for int"),
+        (
+            ["--config=configs/digits.py:resnet20", "--config.seed=one"],
+            "error: seed is 'one'; it must be at least 0 and below 2**32\n",
+        ),
+        (
+            ["--config=configs/digits.py:resnet20", "--config.dataset.flip", "False"],
+            "'False' belongs to no flag",
+        ),
+        ([], "error: --config is missing"),
         (["--config=configs/digits.py:resnet21"], "20 (n=3) or 26 (n=4)"),
         (["--config=configs/digitz.py"], "no such config file"),
         (

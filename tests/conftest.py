@@ -4,7 +4,6 @@ import gc
 import os
 import sys
 
-from long_ones import LONG
 from repository import ONCE, ROOT
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {ONCE}"
@@ -49,15 +48,8 @@ def registers_as_before(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `long_ones` names as slow; all its names must be there."""
-    files = {path: [*map(str.strip, names.strip().splitlines())] for path, names in LONG.items()}
-    there: dict[str, set[str]] = {}
+    """Marks as slow the parameters of which a test says so."""
     for item in items:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        there.setdefault(path, set()).add(item.name)
-        if item.name in files.get(path, ()):
+        marker = item.get_closest_marker("slow_for")
+        if marker is not None and item.callspec.id in marker.args:
             item.add_marker(pytest.mark.slow)
-    # (Of a file whose tests were named one by one, not all are there.)
-    if sum(map(len, there.values())) > 1000:
-        unknown = {f"{p}::{n}" for p, names in files.items() for n in names if n not in there[p]}
-        assert not unknown, f"long_ones.py names tests that are not there: {sorted(unknown)}"

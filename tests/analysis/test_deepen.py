@@ -52,6 +52,14 @@ def deepened(name):
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
+@pytest.mark.slow_for(
+    "ResNeXt, form a",
+    "pre-activated bottlenecks",
+    "post-activation bottlenecks",
+    "pre-activated ResNeXt, form a",
+    "ReLU-only pre-activation",
+    "one-layer skips",
+)
 @pytest.mark.parametrize("name", RESIDUAL | PLAIN)
 def test_the_deeper_net_computes_the_same(name):
     model = (RESIDUAL | PLAIN)[name]
@@ -64,6 +72,7 @@ def test_the_deeper_net_computes_the_same(name):
     assert np.abs(before).max() > 0.1
 
 
+@pytest.mark.slow_for("pre-activated ResNeXt, form a", "post-activation bottlenecks")
 @pytest.mark.parametrize("name", [*RESIDUAL, "VGG"])
 def test_it_is_the_same_in_training_too(name):
     model = (RESIDUAL | PLAIN)[name]
@@ -75,6 +84,12 @@ def test_it_is_the_same_in_training_too(name):
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_for(
+    "post-activation bottlenecks",
+    "pre-activated bottlenecks",
+    "ResNeXt, form a",
+    "pre-activated ResNeXt, form a",
+)
 @pytest.mark.parametrize("name", RESIDUAL | PLAIN)
 def test_new_blocks_learn(name):
     deeper, _, grown, x = deepened(name)

@@ -68,6 +68,7 @@ def test_every_layer_but_the_classifier_has_a_gradient_and_a_response(case):
     assert shapes(make(), TINY) == ((depth - 1,), (depth - 1,))
 
 
+@pytest.mark.slow_for("preact_resnet50-50", "preact_resnet200-200")
 @pytest.mark.parametrize(("name", "depth"), OTHERS)
 def test_so_it_is_in_every_family(name, depth):
     of_gradients, of_responses = shapes(create_model(name), zoo.find(name).image_shape)
@@ -124,6 +125,7 @@ def test_responses_are_the_deviations_of_whole_layers_in_their_order(placement):
     np.testing.assert_allclose(found, recorded(model, variables, x), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_forms_of_resnext_have_the_same_responses_and_gradients():
     def small(form):
         return resnext((2, 1), 10, cardinality=4, base_width=2, form=form)

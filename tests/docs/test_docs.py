@@ -13,6 +13,7 @@ from resvariants.weights.convert import to_torch
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
 
 
+@pytest.mark.slow_for("dense_prediction", "derivatives", "your_own")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch, registers_as_before):
     save_file = pytest.importorskip("safetensors.numpy").save_file

@@ -21,6 +21,7 @@ from benchmarks import peers, stock
 ABSENT = ("ml_collections", "tensorflow_datasets", "sklearn", "array_record", "matplotlib")
 
 
+@pytest.mark.slow
 def test_it_runs_where_there_is_little(tmp_path):
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r}));"
@@ -46,6 +47,7 @@ def test_the_peers_are_the_same_network():
     assert sum(p.numel() for p in net.parameters()) == count_parameters(expected)
 
 
+@pytest.mark.slow_for("densenet121")
 @pytest.mark.parametrize("name", ["resnet50_v1_5", "resnext50_32x4d", "densenet121"])
 def test_stock_flaxs_networks_are_ours(name):
     x = jnp.zeros((1, 64, 64, 3))

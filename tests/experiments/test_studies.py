@@ -166,6 +166,7 @@ def test_every_path_is_measured_on_training_images_of_its_own(
     assert "4 measurements of each length" in check_report(tmp_path, "24 training images")
 
 
+@pytest.mark.slow
 def test_an_imported_network_is_studied_on_images_from_disk(tmp_path, start):
     """As on ImageNet: PyTorch's weights, and an image_folder."""
     save_file = pytest.importorskip("safetensors.numpy").save_file
@@ -219,6 +220,7 @@ def test_an_imported_network_is_studied_on_images_from_disk(tmp_path, start):
     assert batch["image"].shape == (3, 10, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_network_trained_on_short_paths_stands_beside_the_full_one(finished, tmp_path, start):
     out = f"--out={tmp_path}"
     start(paths, "--workdir", finished, out, "--images=20", "--samples=1", "--train_effective")
@@ -457,6 +459,7 @@ def test_degradation_deepens_and_follows_gradients(tmp_path, start):
     assert (tmp_path / "degradation.jsonl").read_text() == remembered
 
 
+@pytest.mark.slow
 def test_survival_probabilities_are_swept(tmp_path, start, monkeypatch):
     monkeypatch.setattr(stochastic_depth, "DRAWS", 2)
     options = [
@@ -474,6 +477,7 @@ def test_survival_probabilities_are_swept(tmp_path, start, monkeypatch):
     assert expected == ["3.00 of 3", "2.00 of 3", "1.50 of 3"]
 
 
+@pytest.mark.slow
 def test_responses_and_growth_report(finished, tmp_path, start, monkeypatch):
     start(responses, "--workdirs", finished, f"--out={tmp_path}", "--images=9")
     assert cells(check_report(tmp_path), str(finished))[0] == "19"
@@ -536,6 +540,7 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_lesions_of_a_densenet_are_refused(tmp_path, start):
     config = digits.get_config("densenet10_k4")
     config.schedule.cut_to_steps = 1
@@ -634,6 +639,7 @@ def test_a_sweep_refuses_what_cannot_be(arguments, says, tmp_path, start):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_job_is_the_command_that_trains_the_same_config(tmp_path):
     """The workdir refuses another config, so the command's must be the job's, to the letter."""
     spec = "resnet8,schedule.learning_rate=0.5"
@@ -659,6 +665,7 @@ def my_net(num_classes, *, depth=8, mode="7", rate=1.0):
 """
 
 
+@pytest.mark.slow
 def test_programs_know_parts_of_ones_own_by_their_module(
     tmp_path, start, registers_as_before, monkeypatch
 ):

@@ -354,6 +354,7 @@ def googlenet(variables, x, train):
     return net.dense(x.mean((1, 2)), params["head"], relu=False), auxiliary, stats
 
 
+@pytest.mark.slow_for("True")
 @pytest.mark.parametrize("normalise", [False, True])
 def test_googlenet_equals_the_reference(normalise):
     """In float64: statistics of two images' 2x2 maps amplify rounding."""
@@ -537,6 +538,7 @@ def test_weights_begin_as_wide_as_documented(model, size, deviations):
             np.testing.assert_allclose(kernel.std(), deviation, rtol=0.08)
 
 
+@pytest.mark.slow_for("model0")
 @pytest.mark.parametrize("model", [VGGS["with BN"], HIGHWAYS["as for CIFAR"][0]])
 def test_execution_and_precision_are_options(model):
     """Remat and unrolling change nothing; bfloat16 computes in bfloat16, gates or not."""

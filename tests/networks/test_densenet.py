@@ -107,6 +107,7 @@ def test_the_compiled_gradient_holds_less_if_memory_efficient():
     assert held(True) < 0.5 * held(False)
 
 
+@pytest.mark.slow
 def test_what_is_kept_grows_linearly_if_asked_to_and_quadratically_if_not():
     """Numbers that the forward pass leaves to the backward pass, for n, 2n and 4n layers."""
 

@@ -93,6 +93,7 @@ def assert_close(along, against):
     assert scale > 0
 
 
+@pytest.mark.slow_for("DenseNet, memory efficient", "stochastic depth")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_over_reverse_is_reverse_over_reverse(name):
     assert_close(*products(NETWORKS[name]()))

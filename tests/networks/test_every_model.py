@@ -60,6 +60,22 @@ def marked(names):
     return [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in sorted(names)]
 
 
+@pytest.mark.slow_for(
+    "densenet40_k12",
+    "resnext29_8x64d",
+    "cifar_vgg19_bn",
+    "plain20",
+    "preact_resnet1001",
+    "resnet1202",
+    "resnet110_exclusive_gating",
+    "cifar_resnet152",
+    "resnet110_shortcut_only_gating",
+    "resnet110_dropout",
+    "resnet110_relu_only_preactivation",
+    "resnet110_relu_before_addition",
+    "preact_resnet110",
+    "resnet110_c",
+)
 @pytest.mark.parametrize("name", marked(SMALL & ALWAYS))
 def test_a_small_net_trains(name):
     take_a_step(name)
@@ -106,6 +122,7 @@ def take_a_step(name):
     assert np.abs(new - old).max() > 0
 
 
+@pytest.mark.slow_for("densenet121", "googlenet_torchvision", "googlenet_bn")
 @pytest.mark.parametrize("name", marked(ALWAYS - SMALL))
 def test_the_step_of_a_large_net_can_be_traced(name):
     trace_a_step(name)

@@ -72,6 +72,9 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow_for(
+    "8-paths side by side", "8-stride in the 3x3", "16-paths side by side", "16-grouped"
+)
 @pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_dilated_stages_hold_the_strided_ones(kind, output_stride):

@@ -59,6 +59,9 @@ def check(model, left, shape=TINY, tolerance=1e-5, variables=None, **options):
     return folded
 
 
+@pytest.mark.slow_for(
+    "resnext20_4x16d-options8-", "resnext20_4x16d-options9-", "resnet20_bottleneck-options3-"
+)
 @pytest.mark.parametrize(
     ("name", "options", "left"),
     [

@@ -83,6 +83,7 @@ def in_every_form(name, second_order=False):
     assert_same(results[2], results[0], 1e-9)
 
 
+@pytest.mark.slow_for("pooling stem", "DenseNet", "slots")
 @pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )

@@ -83,6 +83,7 @@ def test_blocks_survive_as_often_as_the_schedule_says(net):
     assert 0 < flags.sum() < flags.size
 
 
+@pytest.mark.slow_for("resnext29_2x64d", "resnet1202")
 @pytest.mark.parametrize("name", ["preact_resnet20", "resnext29_2x64d", "resnet1202"])
 def test_every_kind_of_block_can_be_dropped(name):
     """Half a thousand blocks, or nine: as many survive as may; evaluation scales all of them."""
@@ -172,6 +173,13 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_for(
+    "original-sqrt",
+    "projections everywhere-sqrt",
+    "pre-activation-sqrt",
+    "norm after addition-sqrt",
+    "scaled shortcut-sqrt",
+)
 @pytest.mark.parametrize("remat", ["none", "sqrt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipped_blocks_are_those_whose_residual_is_nothing(kind, remat):

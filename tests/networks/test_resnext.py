@@ -31,6 +31,7 @@ def in_form_c():
     return random_variables(small("c"), TINY), images(3, *TINY)
 
 
+@pytest.mark.slow_for("a")
 @pytest.mark.parametrize("form", ["a", "b"])
 def test_the_forms_compute_the_same_function_and_gradients(form, in_form_c):
     variables, x = in_form_c

@@ -51,6 +51,7 @@ def moved(before, after):
     return np.array(found)
 
 
+@pytest.mark.slow_for("pre-activation")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_steps_in_slots_are_those_with_conditionals(name, monkeypatch):
     monkeypatch.setattr(draws, "PROGRAMS", 2)
@@ -136,6 +137,7 @@ def test_programs_are_few_and_have_room_for_every_draw():
     np.testing.assert_array_equal(draws.choose_slots(kept[:1] * 0, [0, 1], 5), [[1, 1]])
 
 
+@pytest.mark.slow
 def test_a_run_in_slots_resumes_to_the_same_bits(tmp_path, monkeypatch, registers_as_before):
     @resvariants.register_model("one_stage")
     def one_stage(num_classes, **options):

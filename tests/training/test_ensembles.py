@@ -221,6 +221,7 @@ def by_hand(folder, variables, scales):
     return np.array(found), np.array(labels)
 
 
+@pytest.mark.slow_for("scales1")
 @pytest.mark.parametrize("scales", [[24], [16, 24]])
 def test_scales_are_averaged_over_whole_images_and_their_mirror_images(scales, folder, tmp_path):
     variables = make_run(tmp_path / "a", folder_config(folder), seed=3)
@@ -229,6 +230,7 @@ def test_scales_are_averaged_over_whole_images_and_their_mirror_images(scales, f
     assert values["loss"] == together["loss"] and values["error"] == together["error"]
 
 
+@pytest.mark.slow
 def test_an_ensemble_at_several_scales(folder, tmp_path):
     paths = [tmp_path / name for name in "ab"]
     runs = [
@@ -333,6 +335,7 @@ def test_a_network_for_one_size_of_images_has_no_scales(folder, tmp_path):
     refused(tmp_path, says, made, scales=[16, 24])
 
 
+@pytest.mark.slow_for("vgg-16")
 @pytest.mark.parametrize(("name", "least"), [("resnet8", 4), ("densenet10_k4", 4), ("vgg", SIDE)])
 def test_a_scale_that_is_too_small_is_answered_with_the_smallest(name, least, folder, tmp_path):
     rv.register_model("vgg")(lambda num_classes: VGG((1, 1), (4, 4), num_classes, hidden=(5,)))

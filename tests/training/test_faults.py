@@ -92,6 +92,7 @@ def during_a_save(monkeypatch, number):
 MOMENTS = [during_a_step, during_compilation, during_an_evaluation, during_a_save]
 
 
+@pytest.mark.slow_for("during_an_evaluation", "during_compilation", "during_a_save")
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     moment,
@@ -146,6 +147,7 @@ def begun(workdir, rows, arguments):
     return process
 
 
+@pytest.mark.slow
 def test_a_program_that_is_asked_to_stop_says_so_by_its_exit_status(tmp_path):
     process = begun(tmp_path / "run", 1, {"schedule.cut_to_steps": 100000})
     process.send_signal(signal.SIGTERM)
@@ -169,6 +171,7 @@ def test_a_signal_that_comes_too_late_is_no_reason_to_go_on(tmp_path, monkeypatc
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
     """As SLURM sends it, and a terminal: the workers that read images hear it, too."""
     from PIL import Image
@@ -333,6 +336,7 @@ def test_a_batch_of_nan_stops_the_run_at_its_step(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step == 7
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     """By days, while checkpoints are being written: for Orbax their time has run out then."""
     look, saving, jumps = time.time, Checkpoints.save, iter([1e5, -3e5, 2e6, -1e7, 1e8, 0.0])

@@ -152,6 +152,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     assert without_speed(tmp_path / "run") == without_speed(path)
 
 
+@pytest.mark.slow
 def test_a_warmup_that_waits_for_the_error_is_told_and_resumed_to_the_same_bits(
     tmp_path, monkeypatch
 ):
@@ -270,6 +271,7 @@ def test_evaluation_minds_no_setting_that_only_training_uses(finished, tmp_path)
     assert evaluation.evaluate(copy, "test")["error"] == finished[1]["test_error"]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_taken_from_the_cache(tmp_path):
     """In a process of one device: XLA's CPU collectives may never meet in programs from a cache."""
     cache, results = tmp_path / "cache", []
@@ -296,6 +298,7 @@ def test_a_config_of_another_version_is_named(tmp_path):
         evaluation.evaluate(tmp_path, "test")
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_row_once_after_a_resume(tmp_path, monkeypatch):
     observe = log.Log.step
 
@@ -459,6 +462,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
             loop.train(config(), "/proc/run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_stochastic_depth_trains_in_bfloat16_with_each_devices_statistics(mode, tmp_path):
     """The options that other tests leave alone, together, end to end."""
@@ -497,6 +501,7 @@ def program(workdir, *arguments):
     )
 
 
+@pytest.mark.slow_for("part of a key", "no number", "no config", "depth", "no file")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -523,6 +528,10 @@ def program(workdir, *arguments):
             ["--config=configs/cifar10.py:resnet20", "--config.dataset.data_dir=nowhere"],
             "python experiments/prepare.py cifar10 --data_dir=nowhere",
         ),
+    ],
+    ids=[
+        *("key", "part of a key", "no number", "stray word"),
+        *("no config", "depth", "no file", "no data"),
     ],
 )
 def test_the_program_refuses_in_one_message(arguments, says, tmp_path):

@@ -65,6 +65,7 @@ def furthest(ours, theirs):
 PRECISIONS = {"float32": (1, np.float32, 1e-6), "float64": (5, np.float64, 1e-10)}
 
 
+@pytest.mark.slow_for("float32-constant depth")
 @pytest.mark.parametrize(
     ("precision", "survival"),
     [
@@ -86,6 +87,7 @@ def test_devices_with_synchronised_statistics_agree_with_one_device(precision, s
             assert furthest(other_metrics, metrics) < tolerance * 100
 
 
+@pytest.mark.slow
 def test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_global_ones():
     by_jit, _ = trained("jit", False, 1.0, 1, np.float32)
     by_pmap, _ = trained("pmap", False, 1.0, 1, np.float32)
@@ -94,6 +96,7 @@ def test_statistics_of_each_devices_share_agree_between_modes_and_differ_from_gl
     assert furthest(by_jit, together) > 1e-3
 
 
+@pytest.mark.slow
 def test_devices_agree_on_when_the_training_error_has_fallen():
     """By the mean over all of them, though their shares of a batch have errors of their own."""
     config = default_config()
@@ -112,6 +115,7 @@ def test_devices_agree_on_when_the_training_error_has_fallen():
             assert furthest(state.params, alone[0].params) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_memory_efficient_densenet_agrees_between_modes():
     """What it computes again in the backward pass stands in a conditional, with statistics."""
     net = {"name": "densenet_bc10_k4", "memory_efficient": True}

@@ -197,6 +197,7 @@ def test_a_layer_is_averaged_over_the_batches_that_reach_it():
     )
 
 
+@pytest.mark.slow
 def test_streamed_images_count_at_their_centre_and_batches_with_a_damaged_one_do_not(tmp_path):
     rng, pixels = np.random.default_rng(0), []
     for split, label, number in np.ndindex(2, 2, 13):
@@ -253,6 +254,7 @@ def test_a_run_ends_with_them_and_says_so(whole):
     assert [row in report for report in reports] == [True, False]
 
 
+@pytest.mark.slow
 def test_evaluation_with_them_gives_the_figures_of_a_run_that_had_them(whole):
     figures = evaluation.evaluate(whole[0], "test")
     result = loop.train(short(), whole[0])
@@ -272,6 +274,7 @@ def test_evaluation_with_them_gives_the_figures_of_a_run_that_had_them(whole):
     assert {p: p.stat().st_mtime_ns for p in whole[1].rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_around_them_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
     path, evaluating = tmp_path / "run", evaluation.make_evaluator
 

@@ -35,6 +35,7 @@ from resvariants.weights.stacks import stack, unstack
 CIFAR = (32, 32, 3)
 
 
+@pytest.mark.slow_for("pre-activation ResNet", "GoogLeNet", "ResNeXt")
 @pytest.mark.parametrize("family", list_models())
 def test_every_networks_stages_come_apart_and_together_again(family):
     for name, entry in list_models()[family].items():
@@ -512,6 +513,7 @@ def test_logits_are_the_libraries_own(library, theirs, ours):
         np.testing.assert_array_equal(array, tensors[name].numpy())
 
 
+@pytest.mark.slow
 def test_imported_weights_make_a_workdir_for_every_program(tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     variables = random_variables(create_model("resnet8"), (8, 8, 1))

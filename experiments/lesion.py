@@ -128,7 +128,7 @@ def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: boo
 
     figure(
         "single.png",
-        "deleted block, as a share of depth (triangles: first of stages; dotted: none)",
+        "deleted block, as a share of depth (triangles: first of a stage; dotted: all there)",
         single,
     )
     figure("many.png", "deleted blocks", many)

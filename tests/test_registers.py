@@ -371,10 +371,7 @@ def nothing(data_dir, *, count=3):
         ({"dataset.augmentation_options.scale": 1.0}, r"no use without dataset\.augmentation"),
         ({"schedule.kind": "rising"}, "schedule rising fails: TypeError"),
         ({"model.name": "maps"}, r"model maps gives \(1, 8, 8, 16\) .* must be \(1, 10\)"),
-        (
-            {"model.name": "maps", "model.options.width": "x"},
-            "model maps with options {'width': 'x'} fails: TypeError",
-        ),
+        ({"model.name": "maps", "model.options.width": "x"}, "BasicBlock has features x"),
         (
             {"dataset.name": "nothing", "dataset.options.count": "x"},
             r"data set nothing with options {'count': 'x'} fails: .*my_parts\.py, line 29",

@@ -46,7 +46,8 @@ def paper(finished: Finished) -> str:
 def results_table(networks: dict[str, list[Finished]]) -> list[str]:
     """One row for each network; top-5 errors where there are any."""
     top5 = any("test_top5_error" in run.result for runs in networks.values() for run in runs)
-    known = any(paper(runs[0]) for runs in networks.values())
+    of_papers = {name: paper(runs[0]) for name, runs in networks.items()}
+    known = any(of_papers.values())
     header = (
         "network",
         "parameters",
@@ -73,7 +74,7 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
                 mean_and_deviation([r["train_error"] for r in results]),
                 mean_and_deviation([r["test_error"] for r in results]),
                 *[_mean_top5(results)] * top5,
-                *[paper(runs[0])] * known,
+                *[of_papers[name]] * known,
             ]
         )
     return table(header, rows)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags, logging
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 from PIL import Image
 from repository import ROOT
@@ -316,7 +317,7 @@ def texts(rng):
 
 
 def names(rng):
-    known = sorted(commandline.keys(commandline.default.get_config()))
+    known = sorted(flatten_dict(commandline.default.get_config().to_dict(), sep="."))
     odd = (
         "model", "", "a.b", "model.", "model..name", ".model", "schedule.milestones[0]", "seed[0]",
         "schedule.milestones[9]", "seed.x", "update", "items", "to_json", "_fields", "__class__",

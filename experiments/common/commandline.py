@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 # Recipes import each other as `configs.NAME`, from wherever the program is started.
@@ -137,12 +138,12 @@ def _parse_flags(argv):
             raise InputError(refused[1]) from None
         if missing := re.match(r"flag --(\w+)=None", str(error)):
             raise InputError(f"--{missing[1]} is missing (--help lists the flags)") from None
-        if wrong := re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL):
-            for key in KEYS:
-                if key.name == wrong[1]:
-                    raise InputError(
-                        f"{key.name} is {wrong[2]!r}; it must be {key.allowed}"
-                    ) from None
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL)
+        allowed = {key.name: key.allowed for key in KEYS}
+        if wrong and wrong[1] in allowed:
+            raise InputError(
+                f"{wrong[1]} is {wrong[2]!r}; it must be {allowed[wrong[1]]}"
+            ) from None
         raise InputError(f"{error} (--help lists the flags)") from None
     except (AttributeError, KeyError, TypeError):
         given = (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)
@@ -159,7 +160,7 @@ def _parse_flags(argv):
 
 def check_key(key: str) -> None:
     """Raises InputError if no config has `key`."""
-    known = keys(default.get_config())
+    known = flatten_dict(default.get_config().to_dict(), sep=".")
     if key == "modules":
         raise InputError("--config.modules says only what was imported; give --modules instead")
     if key not in known and key.rpartition(".")[0] not in OPEN:
@@ -173,11 +174,3 @@ def no_such_config(path: str | None) -> InputError:
     """The error that names the config files there are."""
     files = ", ".join(sorted(f"configs/{path.name}" for path in CONFIGS.glob("*.py")))
     return InputError(f"no such config file: {path}; there are {files}")
-
-
-def keys(config: Any, prefix: str = "") -> set[str]:
-    """All keys of a config, with dots between their parts."""
-    found = set()
-    for key, value in config.items():
-        found |= keys(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key}
-    return found

@@ -61,11 +61,11 @@ class Reporter:
 
 def format_row(row: dict[str, Any]) -> str:
     """One row of metrics as a line."""
-    top5 = f"  top-5 error {row['top5_error']:6.2f} %" if "top5_error" in row else ""
-    top5 += f"  averaged {row['ema_error']:6.2f} %" if "ema_error" in row else ""
+    more = f"  top-5 error {row['top5_error']:6.2f} %" if "top5_error" in row else ""
+    more += f"  averaged {row['ema_error']:6.2f} %" if "ema_error" in row else ""
     return (
         f"step {row['step']:>6}  epoch {row['epoch']:7.2f}  {row['split']:10}"
-        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %{top5}"
+        f"  loss {row['loss']:7.4f}  error {row['error']:6.2f} %{more}"
         f"  {row['images_per_second']:8,.0f} images/s"
     )
 

@@ -5,11 +5,12 @@
 
 Trained at 160 pixels and evaluated at 224. A batch of 2048 is the recipe's: where it does not fit,
 `--config.accumulation_steps=8`. What timm does otherwise: images are resized and mapped by
-bilinear or bicubic interpolation at random (here cropped by bicubic, mapped by bilinear), blocks'
-last BatchNorm starts with a scale of 0, and the cosine's period counts the warm-up.
+bilinear or bicubic interpolation at random (here cropped by bicubic, mapped by bilinear), and the
+cosine's period counts the warm-up.
 """
 
 from configs import imagenet
+from resvariants.networks import zoo
 
 
 def get_config(model: str = "resnet50_v1_5"):
@@ -48,4 +49,6 @@ def get_config(model: str = "resnet50_v1_5"):
             "schedule.warmup_learning_rate": 1e-4,
         }
     )
+    if zoo.find(model).family in ("ResNet", "ResNeXt"):
+        config.model.options = {"zero_init_residual": True}
     return config

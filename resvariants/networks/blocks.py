@@ -71,6 +71,9 @@ class Block(nn.Module):
         pre-activation (He et al. 2016, appendix, of projections) instead of the block's input.
         None: projections do, option A does not, as the paper's text has it.
       activated: the input is activated already; there is no pre-activation here.
+      zero_init_residual: the scale of the branch's last normalisation starts at 0, so that at first
+        the block does what its shortcut does (Goyal et al. 2017, 5.1); a `norm` of your own needs
+        `scale_init`.
       dilation: of the branch's convolutions.
       dilate: instead of a stride, multiply the dilation by it behind the convolutions that would
         have it: every other output is what a stride of 2 would have given.
@@ -92,6 +95,7 @@ class Block(nn.Module):
     weights: Any = None
     share_preactivation: bool | None = None
     activated: bool = False
+    zero_init_residual: bool = False
     dilation: int = 1
     dilate: bool = False
     conv: ModuleFactory = conv
@@ -161,6 +165,13 @@ class Block(nn.Module):
             raise InputError(
                 "weighted shortcuts and option A_average cannot have dilation instead of a stride"
             )
+        ends_with_norm = self.placement.after.endswith("norm") and norm is not no_norm
+        if self.zero_init_residual and (self.merge is plain_merge or not ends_with_norm):
+            raise InputError(
+                "zero_init_residual is for blocks with a shortcut whose branch ends with a"
+                " normalisation, as placements original and relu_only_preactivation have it;"
+                " others would pass on nothing, or learn nothing"
+            )
         shares = self.share_preactivation
         if shares is None:
             shares = self.shortcut not in (SHORTCUTS["A"], SHORTCUTS["A_average"])
@@ -215,6 +226,8 @@ class Block(nn.Module):
             return [activate(path, "norm relu", norm) for path, norm in named]
 
         x = self.branch_function(x, self.features, self.strides, conv, between)
+        if self.zero_init_residual:
+            norm = partial(norm, scale_init=nn.initializers.zeros)
         return activate(x, self.placement.after, partial(norm, name=f"norm{next(numbers)}"))
 
     def _weighted_shortcut(self, x, start, gate, norm, train):

@@ -204,6 +204,7 @@ class BatchNorm(nn.Module):
         float32, and in float64 where the input or the parameters are.
       axis_name: of a `pmap` or `shard_map` axis over which the batch's statistics are shared.
       frozen: scale and bias get no gradient.
+      scale_init: what the scale starts with.
       train: false promises evaluation, also where running statistics are used.
     """
 
@@ -214,6 +215,7 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     frozen: bool = False
     train: bool = False
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:
@@ -230,7 +232,7 @@ class BatchNorm(nn.Module):
             y = self._add_bias(x)
             return nn.relu(y) if relu else y
         vector = (x.shape[-1:], jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, *vector)
+        scale = self.param("scale", self.scale_init, *vector)
         bias = self.param("bias", nn.initializers.zeros, *vector)
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))

@@ -33,12 +33,7 @@ from resvariants.networks.layers import (
     stride_between,
 )
 from resvariants.networks.normalisation import batch_norm
-from resvariants.networks.parts import (
-    PLACEMENTS,
-    WEIGHTS,
-    plain_merge,
-    single_branch,
-)
+from resvariants.networks.parts import PLACEMENTS, WEIGHTS, plain_merge, single_branch
 from resvariants.networks.shortcuts import SHORTCUTS
 from resvariants.networks.stage import Stage
 
@@ -121,6 +116,7 @@ class ResNet(nn.Module):
       shares_stem_activation: false: also the first block pre-activates for itself, as it must
         behind a stem without activation.
       head_init: how the classifier starts, one of `layers.HEAD_INITS`.
+      zero_init_residual: blocks start as their shortcuts do, as `Block`'s attribute has it.
     """
 
     stage_sizes: Sequence[int]
@@ -142,6 +138,7 @@ class ResNet(nn.Module):
     shares_stem_activation: bool = True
     head_init: str = "lecun_normal"
     slots: tuple[int, ...] | None = None
+    zero_init_residual: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -187,6 +184,8 @@ class ResNet(nn.Module):
             train, frozen=self.frozen_norm, dtype=self.dtype, axis_name=self.axis_name
         )
         block = partial(self.block, conv=make_conv, norm=make_norm, train=train)
+        if self.zero_init_residual:
+            block = partial(block, zero_init_residual=True)
 
         x = (self.stem or Stem)(self.stem_features, make_conv, make_norm, name="stem")(images)
         outputs = {"stem": x}

@@ -312,6 +312,12 @@ BESIDE = [
     (imagenet, "resnet50", {"dataset.image_size": 128, "dataset.eval_image_size": 224}, "other"),
     (imagenet_modern, "resnet50_v1_5", {}, "21.90 %"),
     (imagenet_modern, "resnet50_v1_5", {"dataset.mixup": 0.2}, "other recipe (dataset.mixup)"),
+    (
+        imagenet_modern,
+        "resnet50_v1_5",
+        {"model.options.zero_init_residual": False},
+        "other recipe (model.options.zero_init_residual)",
+    ),
     (imagenet_modern, "resnet50_v1_5", {"dataset.ten_crop": True}, ""),
 ]
 FREELY = {

@@ -1,11 +1,14 @@
 """Whole networks against the plain numpy reference, and every way to execute them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from flax import linen as nn
+from jax.tree_util import DictKey
 from nets import TINY, check_tree, gradients, images, random_variables
 
 import resvariants as rv
@@ -161,6 +164,45 @@ def test_stacked_blocks_start_different_and_with_the_first_blocks_distribution()
     # Not even training-mode initialisation has seen a batch.
     stats = variables["batch_stats"]["stage3"]["rest"]["norm1"]
     assert not np.any(stats["mean"]) and np.all(np.asarray(stats["var"]) == 1)
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet20_bottleneck", "resnext29_2x4d"])
+def test_zero_init_residual_starts_with_the_shortcuts(name):
+    x = images(4, 8, 8, 3)
+
+    def start(**options):
+        model = create_model(name, **options)
+        return model, jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+
+    model, variables = start(zero_init_residual=True)
+    last = "norm2" if name == "resnet14" else "norm3"
+
+    def zeroed(path, leaf):
+        return jnp.zeros_like(leaf) if path[-2:] == (DictKey(last), DictKey("scale")) else leaf
+
+    check_tree(variables, jax.tree_util.tree_map_with_path(zeroed, start()[1]), atol=0)
+    apply = jax.jit(partial(model.apply, train=False))
+    skipped = apply(variables, x, gates=jnp.zeros(model.num_blocks, bool))
+    check_tree(apply(variables, x), skipped, atol=1e-6)
+
+    moves, _ = gradients(model, variables, x, None)
+    for block in (moves["stage1"]["rest"], moves["stage3"]["first"]):
+        assert np.any(block[last]["scale"]) and not np.any(block["conv1"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plain": True},
+        {"placement": "full_preactivation"},
+        {"placement": "relu_before_addition"},
+        {"placement": "norm_after_addition"},
+    ],
+)
+def test_zero_init_residual_is_refused_where_it_would_stop_learning(options):
+    with pytest.raises(InputError, match="zero_init_residual is for blocks with a shortcut whose"):
+        init = partial(cifar_resnet(8, zero_init_residual=True, **options).init, train=False)
+        jax.eval_shape(init, jax.random.key(0), images(1, *TINY))
 
 
 def test_deleting_a_block_is_indexing_the_stack(small):

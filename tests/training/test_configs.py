@@ -324,6 +324,7 @@ OWN = {
         "schedule.length": 40,
         "schedule.milestones": (20, 30),
     },
+    ("imagenet_modern", "resnet50_v1_5"): {"model.options.zero_init_residual": True},
     ("stochastic_depth", "resnet1202_average"): EPOCHS_300
     | {"schedule.warmup": 10, "schedule.warmup_learning_rate": 0.01},
     ("stochastic_depth", "resnet152"): SKIPPING_152,

@@ -4,8 +4,8 @@
 #     DATA=data OUT=runs/photographs nice bash experiments/results/photographs/run.sh
 #
 # From the project's root, in its environment, CIFAR-10 prepared in DATA. On two CPU cores without
-# other work: half an hour for a network of 20 layers, an hour and a half for one of 56, seven hours
-# for the whole recipe.
+# other work: half an hour for a network of 20 layers, an hour and a half for one of 56 or the VGG,
+# five to seven hours for the whole recipe.
 set -euo pipefail
 : "${DATA:=data}" "${OUT:=runs/photographs}" "${PYTHON:=python}"
 

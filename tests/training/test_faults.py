@@ -30,6 +30,7 @@ def assert_equal_runs(ours, theirs):
     assert without_speed(ours) == without_speed(theirs)
 
 
+@pytest.mark.slow  # as every run does below that is resumed
 def test_the_same_seed_on_the_same_devices_gives_the_same_bits(finished, tmp_path):
     loop.train(config(), tmp_path / "again")
     assert_equal_runs(tmp_path / "again", finished[0])

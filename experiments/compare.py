@@ -27,6 +27,10 @@ MISSION = [
     "preact_resnet1001",
     "resnet110,model.survival_probability=0.5",
 ]
+FURTHER_ERRORS = {
+    "test error, averaged weights": "test_ema_error",
+    "test top-5 error": "test_top5_error",
+}
 
 
 def paper(finished: Finished) -> str:
@@ -44,8 +48,13 @@ def paper(finished: Finished) -> str:
 
 
 def results_table(networks: dict[str, list[Finished]]) -> list[str]:
-    """One row for each network; top-5 errors where there are any."""
-    top5 = any("test_top5_error" in run.result for runs in networks.values() for run in runs)
+    """One row for each network; errors of averaged weights, and top-5 errors, where there are
+    any."""
+    further = {
+        heading: key
+        for heading, key in FURTHER_ERRORS.items()
+        if any(key in run.result for runs in networks.values() for run in runs)
+    }
     of_papers = {name: paper(runs[0]) for name, runs in networks.items()}
     known = any(of_papers.values())
     header = (
@@ -56,7 +65,7 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
         "training s",
         "training error",
         "test error",
-        *["test top-5 error"] * top5,
+        *further,
         *["the paper's test error"] * known,
     )
     rows = []
@@ -73,15 +82,15 @@ def results_table(networks: dict[str, list[Finished]]) -> list[str]:
                 mean_and_deviation([r["train_seconds"] for r in results], ".0f"),
                 mean_and_deviation([r["train_error"] for r in results]),
                 mean_and_deviation([r["test_error"] for r in results]),
-                *[_mean_top5(results)] * top5,
+                *(_mean_where_there(results, key) for key in further.values()),
                 *[of_papers[name]] * known,
             ]
         )
     return table(header, rows)
 
 
-def _mean_top5(results):
-    found = [r["test_top5_error"] for r in results if "test_top5_error" in r]
+def _mean_where_there(results, key):
+    found = [r[key] for r in results if key in r]
     return mean_and_deviation(found) if found else ""
 
 

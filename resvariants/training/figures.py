@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
 
     Returns:
       By the keys of `configs`: the `title` of each with its survival probability; of those that
-      share it, also what differs, and if nothing does, the key.
+      share it, also what differs, and if nothing does or more than a figure has room for, the key,
+      of paths what differs in them.
     """
     values = {key: flatten_dict(config.to_dict(), sep=".") for key, config in configs.items()}
     found = {}
@@ -93,10 +94,30 @@ def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
         alike = {key: values[key] for key, other in found.items() if other == text}
         every = sorted(set().union(*alike.values()) - EXECUTION_KEYS - {"seed"})
         differ = [k for k in every if len({repr(c.get(k)) for c in alike.values()}) > 1]
+        if len(differ) > 3:
+            continue
         for key, config in alike.items():
             found[key] = ", ".join([text, *(f"{words(k)} {config.get(k)}" for k in differ)])
-    repeated = {text for text in found.values() if [*found.values()].count(text) > 1}
-    return {key: f"{text} ({key})" if text in repeated else text for key, text in found.items()}
+    for text in set(found.values()):
+        same = [key for key, other in found.items() if other == text]
+        if len(same) > 1:
+            found |= {key: f"{text} ({short})" for key, short in _shortened(same).items()}
+    return found
+
+
+def _shortened(paths):
+    # Without the folders that all of them begin or end with; something is left of each.
+    parts = [path.split("/") for path in paths]
+    least = min(map(len, parts)) - 1
+    start = min(least, _alike(parts))
+    end = min(least - start, _alike([part[::-1] for part in parts]))
+    return {"/".join(part): "/".join(part[start : len(part) - end]) for part in parts}
+
+
+def _alike(sequences):
+    # How many elements all of them begin with.
+    together = map(set, zip(*sequences, strict=False))
+    return len([*takewhile(lambda values: len(values) == 1, together)])
 
 
 def words(key: str) -> str:
@@ -144,8 +165,17 @@ def _of_many_steps(curve):
     return [point for point, gap in zip(curve, gaps, strict=True) if 2 * gap >= max(gaps)]
 
 
+def _falls(rows):
+    # The steps at which the learning rate falls from one level to the next.
+    rates = [(row["step"], row["learning_rate"]) for row in rows if row["split"] == "train"]
+    following = zip(rates[:1] + rates, rates, rates[1:], strict=False)
+    # By more than half, as a linear schedule's does too, but only at its end, and from no level.
+    return {step for (_, a), (step, b), (_, c) in following if a == b and c < 0.5 * b}
+
+
 def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> None:
-    """Error against steps in the papers' style: training dashed, held-out splits solid.
+    """Error against steps in the papers' style: training dashed, held-out splits solid, and a grey
+    line where the learning rate of all runs falls.
 
     Args:
       axes: of matplotlib.
@@ -186,12 +216,7 @@ def plot_curves(axes: Any, runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]
     top = max(5.0, 1.3 * errors[int(0.8 * (len(errors) - 1))], 1.05 * max(ends))
     axes.set_ylim(0, min(top, 100.0))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    first = next(iter(runs.values()))[0]
-    rates = [(row["step"], row["learning_rate"]) for row in first if row["split"] == "train"]
-    for (_, earlier), (step, before), (_, after) in zip(
-        rates[:1] + rates, rates, rates[1:], strict=False
-    ):
-        if earlier == before and after < 0.5 * before:  # which a linear schedule's does at its end
-            axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+    for step in set.intersection(*(_falls(rows) for seeds in runs.values() for rows in seeds)):
+        axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
     axes.set(xlabel="step", ylabel="error (%), training dashed")
     axes.legend(fontsize="small")

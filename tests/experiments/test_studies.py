@@ -414,15 +414,16 @@ def test_more_of_an_image_means_fewer_errors_in_every_paper():
         assert all(x.top5 < x.error for x in found if x and x.error and x.top5)
 
 
-def test_top5_errors_have_a_column_where_there_are_any():
+@pytest.mark.parametrize(("heading", "key"), compare.FURTHER_ERRORS.items())
+def test_further_errors_have_a_column_where_there_are_any(heading, key):
     config = digits.get_config("resnet20")
     times = {"num_params": 1, "compile_seconds": 1.0, "train_seconds": 1.0, "steps": 1}
     result = {**times, "train_error": 1.0, "test_error": 40.0}
     few = runs.Finished(ROOT, config, result, [])
-    many = [few._replace(result={**result, "test_top5_error": error}) for error in (10.0, 20.0)]
-    assert not any("top-5" in line for line in compare.results_table({"few": [few]}))
+    many = [few._replace(result={**result, key: error}) for error in (10.0, 20.0)]
+    assert not any(heading in line for line in compare.results_table({"few": [few]}))
     header, _, *lines = compare.results_table({"few": [few], "many": many})
-    position = header.strip("| ").split(" | ").index("test top-5 error")
+    position = header.strip("| ").split(" | ").index(heading)
     found = [line.removeprefix("| ").removesuffix(" |").split(" | ")[position] for line in lines]
     assert found == ["", "15.00 ± 7.07"]
 

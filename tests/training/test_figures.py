@@ -54,6 +54,10 @@ def test_runs_are_told_apart_by_what_differs():
         "f": config("plain20", schedule__learning_rate=0.01),
         "g": config("resnet32"),
         "h": config("resnet32", seed=1),
+        "runs/i/seed0": config("resnet44"),
+        "runs/old/j/seed0": config(
+            "resnet44", loss="binary", ema_decay=0.9, batch_size=64, dataset__flip=True
+        ),
     }
     assert figures.titles(given) == {
         "a": "ResNet-56",
@@ -64,7 +68,23 @@ def test_runs_are_told_apart_by_what_differs():
         "f": "plain-20",
         "g": "ResNet-32 (g)",
         "h": "ResNet-32 (h)",
+        "runs/i/seed0": "ResNet-44 (i)",
+        "runs/old/j/seed0": "ResNet-44 (old/j)",
     }
+
+
+@pytest.mark.parametrize(
+    ("paths", "short"),
+    [
+        (["runs/a/seed0", "runs/b/seed0"], ["a", "b"]),
+        (["g", "h"], ["g", "h"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["a/seed0", "a/a/seed0"], ["seed0", "a/seed0"]),
+    ],
+)
+def test_paths_are_named_by_where_they_part(paths, short):
+    found = figures.titles({path: config("resnet20") for path in paths})
+    assert list(found.values()) == [f"ResNet-20 ({each})" for each in short]
 
 
 def test_curves_show_every_run_and_name_the_mean_of_their_last_errors(tmp_path):
@@ -88,6 +108,10 @@ def test_curves_show_every_run_and_name_the_mean_of_their_last_errors(tmp_path):
     assert solid[0].get_color() == solid[1].get_color() != solid[2].get_color()
     falls = [line for line in axes.lines if list(line.get_xdata()) == [10, 10]]
     assert len(falls) == 1
+    constant = [{**row, "learning_rate": 0.1} for row in rows(40.0)]
+    _, (mixed,) = figures.new_figure()
+    figures.plot_curves(mixed, {"one": [rows(50.0)], "other": [constant]})
+    assert not [line for line in mixed.lines if list(line.get_xdata()) == [10, 10]]
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["one, test: 51.00 %", "other, test: 40.00 %"]
 

@@ -104,7 +104,7 @@ def draw(results: dict[str, dict], names: dict[str, str], out: Path, vector: boo
         for number, (run_name, result) in enumerate(results.items()):
             plot(axes, color(number), names[run_name], result)
         axes.set(xlabel=xlabel, ylabel="test error (%)", ylim=(0, 100))
-        axes.legend()
+        drawn.legend(loc="outside upper center", ncols=2)  # where no curve can be
         save_figure(drawn, out / name, vector)
 
     def single(axes, colour, label, result):

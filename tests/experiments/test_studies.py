@@ -31,15 +31,16 @@ from resvariants.data import sets, stream
 from resvariants.data.splits import Source, Split
 from resvariants.networks import papers
 from resvariants.networks.zoo import find
-from resvariants.training import loop
+from resvariants.training import evaluation, loop
 from resvariants.training.report import reported_errors
 from resvariants.training.setup import set_up
-from resvariants.weights import to_torch
+from resvariants.weights import read_state_dict, to_torch
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare
 import degradation
 import evaluate
+import export_torch
 import growth
 import lesion
 import paths
@@ -164,6 +165,38 @@ def test_every_path_is_measured_on_training_images_of_its_own(
     start(paths, "--workdir", finished, f"--out={tmp_path}", "--images=24", "--samples=4")
     assert [chosen.sum() for *_, chosen in seen] == list(range(10))
     assert "4 measurements of each length" in check_report(tmp_path, "24 training images")
+
+
+def test_weights_are_exported_if_pytorch_computes_the_same(finished, tmp_path, start):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "resnet20.safetensors"
+    said = start(export_torch, f"--workdir={finished}", f"--weights={file}")
+    assert "269,434 parameters" in said and "per_pixel_mean" in said
+    _, _, state = evaluation.load(finished)
+    tensors = to_torch({"params": state.params, "batch_stats": state.batch_stats})
+    exported = read_state_dict(file)
+    assert exported.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(exported[name], tensor)
+    with pytest.raises(InputError, match="is there already"):
+        start(export_torch, f"--workdir={finished}", f"--weights={file}")
+
+    # The same arrays in a network that scales its branches, as PyTorch's does not.
+    other, nothing = tmp_path / "run", tmp_path / "other.safetensors"
+    shutil.copytree(finished, other)
+    config = json.loads((other / "config.json").read_text())
+    config["model"]["survival_probability"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    for workdir, more, complaint in (
+        (other, [], "something else.*survival_probability"),
+        (finished, ["--averaged"], "no moving averages"),
+        (finished, ["--library=timm"], "akamaster"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            start(export_torch, f"--workdir={workdir}", f"--weights={nothing}", *more)
+    with pytest.raises(InputError, match="in a folder that exists"):
+        start(export_torch, f"--workdir={finished}", f"--weights={tmp_path / 'n' / 'a.pth'}")
+    assert not nothing.exists()
 
 
 @pytest.mark.slow

@@ -748,11 +748,11 @@ def dangers(source):
 PROGRAMS = sorted(
     path
     for part in ("resvariants", "configs", "experiments")
-    for path in (ROOT / part).glob("*.py")
+    for path in (ROOT / part).rglob("*.py")
 )
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_program_here_runs_code_from_a_file(path):
     assert dangers(path.read_text()) == []
 

@@ -1,5 +1,7 @@
 """RandAugment's operations against Pillow's, and Cutout."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from resvariants import InputError
-from resvariants.data.augmentation import Augmentation, cutout
-from resvariants.data.rand_augment import OPERATIONS, operate, rand_augment
+from resvariants.data.augmentation import Augmentation, cutout, prepared
+from resvariants.data.rand_augment import LARGEST, OPERATIONS, operate, rand_augment
 
 LEVELS = (7.3, -4.0, 10.0)
 FILL = jnp.full((1, 1, 1), 128.0)
@@ -87,6 +89,45 @@ def test_every_image_has_draws_of_its_own_and_of_two_operations_a_quarter_does_n
     same = (found == images).all((1, 2, 3)).mean()
     assert 0.18 < same < 0.36
     assert len(np.unique(found.reshape(512, -1), axis=0)) > 200
+
+
+def test_operations_and_levels_are_drawn_from_all_there_are(monkeypatch):
+    """Both directions, a normal deviation, cut off at the largest magnitude; each operation."""
+
+    def told(image, number, level, fill):
+        return jnp.stack([number.astype(jnp.float32), level]).reshape(1, 2, 1)
+
+    module = importlib.import_module("resvariants.data.rand_augment")
+    monkeypatch.setattr(module, "operate", told)
+    draw = jax.jit(lambda key: rand_augment(key, jnp.full((6000, 1, 2, 1), -99.0), FILL, 1, 6, 2))
+    found = np.asarray(draw(jax.random.key(0))).reshape(-1, 2)
+    numbers, levels = found[found[:, 0] >= 0].T
+    assert len(levels) == pytest.approx(3000, abs=150)
+    counts = np.bincount(numbers.astype(int), minlength=len(OPERATIONS))
+    assert len(counts) == len(OPERATIONS) and np.abs(counts - 200).max() < 60
+    assert (levels > 0).mean() == pytest.approx(0.5, abs=0.05)
+    sizes = np.abs(levels)
+    assert sizes.max() == LARGEST and (sizes == LARGEST).mean() == pytest.approx(0.023, abs=0.01)
+    assert np.median(sizes) == pytest.approx(6, abs=0.15)
+    assert np.quantile(sizes, 0.1587) == pytest.approx(4, abs=0.2)  # one deviation below
+
+
+def test_a_batch_is_prepared_with_both():
+    images = np.random.default_rng(2).integers(1, 256, (64, 8, 8, 3)).astype(np.uint8)
+    key, mean, scale = jax.random.key(0), jnp.zeros((1, 1, 1, 3)), jnp.float32(1)
+
+    def made(**options):
+        apply = jax.jit(lambda x: prepared(key, x, mean, scale, Augmentation(**options)))
+        return np.asarray(apply(images))
+
+    np.testing.assert_array_equal(made(), images)
+    without = made(cutout=4)
+    left_out = (without == 0).all(3)
+    np.testing.assert_array_equal(without[~left_out], images[~left_out])
+    assert set(left_out.sum((1, 2))) <= {4, 6, 8, 9, 12, 16} and left_out.any((1, 2)).all()
+    changed = made(rand_augment=(2, 9.0, 0.5))
+    assert 0.5 < (changed != images).any((1, 2, 3)).mean() < 0.95
+    assert (changed == np.round(changed)).all()
 
 
 def test_cutout_leaves_out_a_square_that_the_edge_may_cut():

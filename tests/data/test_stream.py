@@ -1002,7 +1002,7 @@ def test_an_evaluation_without_a_readable_image_says_so(finished, broken, tmp_pa
     (folder / "val" / "ape").mkdir(parents=True)
     for name in "ab":
         (folder / "val" / "ape" / f"{name}.jpg").write_text("no image")
-    with pytest.raises(RunError):
+    with pytest.raises(RunError, match="none of the images of 'test' can be read"):
         evaluation.evaluate(finished[0], "test", str(folder))
 
 

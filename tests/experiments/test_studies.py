@@ -1,12 +1,14 @@
 """The programs that compare and look into runs."""
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from itertools import product
+from functools import partial
+from itertools import combinations, product
 
 import jax
 import numpy as np
@@ -128,10 +130,57 @@ def test_a_study_reports_and_goes_on_where_it_stopped(module, finished, tmp_path
 
 
 def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
-    start(lesion, "--workdirs", finished, f"--out={tmp_path}", "--max_deletions=1", "--repeats=1")
-    whole = cells((tmp_path / "report.md").read_text(), f"{finished}: resnet20 on digits")[1]
+    start(lesion, "--workdirs", finished, f"--out={tmp_path}", "--max_deletions=2", "--repeats=2")
+    lines = map(json.loads, (tmp_path / "lesions.jsonl").read_text().splitlines())
+    found = {tuple(json.loads(line["key"])[5:]): line["value"] for line in lines}
+    row = cells((tmp_path / "report.md").read_text(), f"{finished}: resnet20 on digits")
+    blocks, whole, mean, median, worst, firsts, several, _ = row
     expected = json.loads((finished / "result.json").read_text())["test_error"]
-    assert whole == f"{expected:.2f}"
+    assert (blocks, whole) == ("9", f"{expected:.2f}")
+
+    loaded = runs.load_run(finished)
+    (batch,) = loaded.test_batches(40)
+    apply = jax.jit(partial(loaded.model.apply, train=False))
+
+    def wrong(gates):
+        logits = apply(loaded.variables, batch["image"], gates=gates.astype(np.float32))
+        answers = np.asarray(logits).argmax(-1)[np.asarray(batch["mask"])]
+        return 100 * (answers != np.asarray(batch["label"])[np.asarray(batch["mask"])]).mean()
+
+    single = [wrong(np.arange(9) != block) for block in range(9)]
+    assert [found["single", block] for block in range(9)] == pytest.approx(single)
+    inner = np.delete(single, [3, 6])  # they halve the maps
+    assert [mean, median, worst] == [f"{f(inner):.2f}" for f in (np.mean, np.median, np.max)]
+    assert firsts == f"{(single[3] + single[6]) / 2:.2f}"
+    pairs = [wrong(np.isin(range(9), two, invert=True)) for two in combinations(range(9), 2)]
+    drawn = [found["many", 2, repeat] for repeat in range(2)]
+    assert all(np.isclose(error, pairs).any() for error in drawn)
+    assert several == f"{np.mean(drawn):.2f}"
+    # Swaps of two blocks in each of three stages: each swaps once or not at all.
+    taus = [found["swaps", swaps, repeat][0] for swaps in (4, 8) for repeat in range(2)]
+    assert all(36 * (1 - tau) / 2 == pytest.approx(round(18 * (1 - tau))) for tau in taus)
+    assert all(tau >= 1 - 2 * 3 / 36 - 1e-6 for tau in taus)
+
+
+def test_gradients_are_weighed_by_the_number_of_their_paths(finished, tmp_path, start, monkeypatch):
+    """Each block on a path leaves a tenth of the gradient."""
+    monkeypatch.setattr(
+        paths, "make_path_gradients", lambda model: lambda variables, _, chosen: 0.1 ** chosen.sum()
+    )
+    start(paths, "--workdir", finished, f"--out={tmp_path}", "--images=2", "--samples=2")
+    report = (tmp_path / "report.md").read_text()
+    total = 1.1**9
+    assert math.comb(9, 0) + 0.9 < 0.95 * total < math.comb(9, 0) + 0.9 + 0.36
+    assert cells(report, "lengths that hold 95 % of the contribution")[0] == "0 to 2"
+    assert cells(report, "their share of all paths")[0] == f"{100 * (1 + 9 + 36) / 2**9:.3g} %"
+    assert cells(report, "log10 of the norm by length: slope a block")[0] == "-1.000"
+    assert cells(report, "the same: R squared")[0] == "1.000"
+
+
+def test_studies_see_images_spread_evenly_over_a_set(finished):
+    setup = runs.load_run(finished).setup
+    (few,), (everything,) = (runs.batches_of(setup, "train", n, n) for n in (4, 128))
+    np.testing.assert_array_equal(few["image"], everything["image"][np.arange(0, 128, 32)])
 
 
 def test_every_path_is_measured_on_training_images_of_its_own(
@@ -167,7 +216,7 @@ def test_every_path_is_measured_on_training_images_of_its_own(
     assert "4 measurements of each length" in check_report(tmp_path, "24 training images")
 
 
-def test_weights_are_exported_if_pytorch_computes_the_same(finished, tmp_path, start):
+def test_weights_are_exported_if_they_give_the_same_network_back(finished, tmp_path, start):
     pytest.importorskip("safetensors")
     file = tmp_path / "resnet20.safetensors"
     said = start(export_torch, f"--workdir={finished}", f"--weights={file}")

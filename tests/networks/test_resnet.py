@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from flax import linen as nn
 from jax.tree_util import DictKey
 from nets import TINY, check_tree, gradients, images, random_variables
 
-import resvariants as rv
 from resvariants import InputError, create_model
-from resvariants.networks.blocks import BottleneckBlock
 from resvariants.networks.resnet import ResNet, cifar_resnet, imagenet_resnet
 
 NETS = {
@@ -263,34 +260,3 @@ def test_wrong_gates_and_options_are_refused():
             jax.eval_shape(
                 lambda m=model, a=arguments: m.init(jax.random.key(0), x, train=False, **a)
             )
-
-
-class Users(nn.Module):
-    """Somebody's own model around our blocks, with a normalisation of their own."""
-
-    @nn.compact
-    def __call__(self, x):
-        def norm(name):
-            return nn.GroupNorm(num_groups=4, name=name)
-
-        x = nn.Sequential([rv.BasicBlock(8, norm), BottleneckBlock(16, norm, strides=2)])(x)
-        return x.mean((1, 2))
-
-
-def test_blocks_work_in_other_peoples_modules():
-    x = images(2, 8, 8, 8)
-    y, variables = Users().init_with_output(jax.random.key(0), x)
-    assert y.shape == (2, 16) and set(variables) == {"params"}
-
-
-def test_one_block_under_vmap_is_an_ensemble():
-    block = nn.vmap(
-        rv.Block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=None,
-        axis_size=3,
-    )(8, lambda name: nn.LayerNorm(name=name))
-    y, variables = block.init_with_output(jax.random.key(0), images(2, 4, 4, 8))
-    assert y.shape == (3, 2, 4, 4, 8)
-    assert variables["params"]["conv1"]["kernel"].shape == (3, 3, 3, 8, 8)

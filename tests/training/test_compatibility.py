@@ -45,3 +45,4 @@ def test_it_goes_on_from_its_checkpoint(earlier):
     assert again["test_error"] == pytest.approx(result["test_error"], abs=1.0)
     for now, then in zip(rows(earlier), written, strict=True):
         assert now["loss"] == pytest.approx(then["loss"], rel=1e-3)  # other devices round otherwise
+        assert now["learning_rate"] == then["learning_rate"]

@@ -11,18 +11,21 @@ import pytest
 from ml_collections import ConfigDict
 from repository import ROOT
 
-from configs import default
+from configs import default, digits
 from resvariants.data import sets
-from resvariants.data.augmentation import NORMALISATIONS
+from resvariants.data.augmentation import NORMALISATIONS, Augmentation, make_augmentation
 from resvariants.data.batches import split_validation
 from resvariants.data.splits import Split
 from resvariants.networks import zoo
 from resvariants.networks.stage import REMAT
+from resvariants.processes import AXIS
 from resvariants.training import keys, workdir
 from resvariants.training.keys import DTYPES
+from resvariants.training.losses import mean_loss
 from resvariants.training.optimizer import make_schedule
 from resvariants.training.parallel import check_batch_size
 from resvariants.training.report import reported_errors
+from resvariants.training.setup import configured_step, set_up
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 RECIPES = [name for name in NAMES if name != "default"]
@@ -90,6 +93,75 @@ def test_the_library_reads_every_key(key):
     source = "".join(path.read_text() for path in sorted(files))
     name = key.split(".")[-1]
     assert re.search(rf'\.{name}\b|"{name}"', source)
+
+
+def test_a_step_is_as_the_config_has_it():
+    config = digits.get_config("resnet8")
+    config.update_from_flattened_dict(
+        {
+            "seed": 7,
+            "loss": "binary",
+            "label_smoothing": 0.1,
+            "target_threshold": 0.2,
+            "auxiliary_weight": 0.4,
+            "accumulation_steps": 2,
+            "ema_decay": 0.9,
+        }
+    )
+    found = configured_step(config, "the model", "the optimiser").keywords
+    objective = found.pop("objective")
+    assert objective.func is mean_loss
+    assert objective.keywords == {"loss": "binary", "label_smoothing": 0.1, "threshold": 0.2}
+    assert found == {
+        "model": "the model",
+        "optimizer": "the optimiser",
+        "seed": 7,
+        "auxiliary_weight": 0.4,
+        "accumulation_steps": 2,
+        "ema_decay": 0.9,
+    }
+
+
+def test_images_are_augmented_as_the_config_has_it():
+    config = default.get_config()
+    said = {
+        "crop_padding": 3,
+        "flip": True,
+        "color_jitter": 0.2,
+        "lighting": 0.1,
+        "rand_augment": 2,
+        "rand_augment_magnitude": 6.0,
+        "rand_augment_deviation": 0.5,
+        "cutout": 5,
+    }
+    config.dataset.update(said)
+    assert make_augmentation(config.dataset, (32, 32, 3)) == Augmentation(
+        crop_padding=3,
+        flip=True,
+        color_jitter=0.2,
+        lighting=0.1,
+        rand_augment=(2, 6.0, 0.5),
+        cutout=5,
+    )
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_batch_statistics_are_shared_as_the_config_has_it(mode, shared):
+    """A sharded `jit` sees the global batch; without sharing, both modes go device by device."""
+    config = digits.get_config("resnet8")
+    config.parallel, config.sync_batch_norm = mode, shared
+    assert set_up(config).model.axis_name == (AXIS if mode == "pmap" and shared else None)
+
+
+def test_images_are_normalised_by_those_that_are_trained_on():
+    config = digits.get_config("resnet8")
+    config.dataset.validation_size = 100
+    setup = set_up(config)
+    _, _, _, mean, *_ = setup.training_batches.args
+    kept = setup.splits["train"].images
+    assert len(kept) == 1337
+    np.testing.assert_allclose(mean[0], kept.mean(0, dtype=np.float64), rtol=1e-5)
 
 
 def test_only_what_is_documented_may_be_none():

@@ -220,6 +220,8 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_pa
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step == 14
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "spl')  # as a kill in the middle of a write leaves it
     loop.train(config(), tmp_path / "run")
     assert_equal_runs(tmp_path / "run", finished[0])
 
@@ -287,7 +289,8 @@ def flip_a_bit(content):
     return content[:position] + bytes([flipped]) + content[position + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+@pytest.mark.slow_for("flip_a_bit")
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit], ids=lambda damage: damage.__name__)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     damage,
     finished,

@@ -9,12 +9,14 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from repository import QUICKLY, ROOT
-from short_runs import STEPS, config, final_state, rows, without_speed
+from short_runs import STEPS, config, rows, without_speed
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resvariants import InputError
@@ -24,6 +26,26 @@ from resvariants.training.report import write_report
 from resvariants.training.result import chosen_errors
 from resvariants.training.setup import set_up
 from resvariants.training.workdir import Workdir
+
+
+def test_a_row_has_means_since_the_last_one_and_the_rate_of_its_last_step(tmp_path):
+    setup = set_up(config(**{"schedule.cut_to_steps": 4}))
+    assert [f"{setup.schedule(step):g}" for step in range(4)] == ["0.1", "0.1", "0.01", "0.001"]
+    settings = config(log_every_steps=2)
+    workdir = Workdir(tmp_path, settings)
+    with workdir.writing():
+        told = log.Log(workdir, mock.Mock(), setup, settings, 0, {})
+        told.waited(0.5)
+        for step, (loss, error) in enumerate([(4, 0.75), (2, 0.25), (1, 0.5)], 1):
+            told.step(step, {"loss": jnp.array(loss), "error": jnp.array(error)})
+        told.flush(3)
+    first, last = rows(tmp_path)
+    assert (first["step"], first["split"], first["loss"], first["error"]) == (2, "train", 3, 50)
+    assert first["learning_rate"] == 0.1 and first["epoch"] == pytest.approx(2 * 64 / 1337)
+    assert (last["step"], last["loss"], last["error"]) == (3, 1, 50)
+    assert last["learning_rate"] == 0.01 and last["data_wait"] == 0 < first["data_wait"]
+    seconds = 128 / first["images_per_second"] + 64 / last["images_per_second"]
+    assert told.train_seconds == pytest.approx(seconds)
 
 
 def test_a_finished_workdir_keeps_the_contract(finished):
@@ -128,27 +150,6 @@ def test_another_config_is_refused_with_the_differing_keys(finished):
     assert "seed: 0 there, 1 here" in message
     assert "optimizer.momentum: 0.9 there, 0.5 here" in message
     assert "batch_size" not in message
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
-    path, _ = finished
-    observe = log.Log.step
-
-    def interrupted(self, step, metrics):
-        if step == 26:  # between two checkpoints
-            raise KeyboardInterrupt
-        observe(self, step, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(log.Log, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(config(), tmp_path / "run")
-    assert not (tmp_path / "run" / "result.json").exists()
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 10, "spl')  # as a kill in the middle of a write leaves it
-    loop.train(config(), tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "run"), final_state(path))
-    assert without_speed(tmp_path / "run") == without_speed(path)
 
 
 @pytest.mark.slow

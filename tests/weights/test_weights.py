@@ -38,12 +38,17 @@ CIFAR = (32, 32, 3)
 @pytest.mark.slow_for("pre-activation ResNet", "GoogLeNet", "ResNeXt")
 @pytest.mark.parametrize("family", list_models())
 def test_every_networks_stages_come_apart_and_together_again(family):
+    if family == "DenseNet":
+        pytest.skip("no stages of equal blocks")
+    checked = 0
     for name, entry in list_models()[family].items():
-        if re.search("1001|1202|164|110_|densenet", name):
-            continue  # seconds to trace, and the same blocks as in others, or no stages
+        if re.search("1001|1202|164|110_(?!dropout)", name):
+            continue  # seconds to trace, and the same blocks as in others
+        checked += 1
         shapes = abstract_variables(entry.build(num_classes=10), entry.image_shape)
         again = jax.eval_shape(lambda variables: stack(unstack(variables)), shapes)
         assert again == shapes, name
+    assert checked
 
 
 @pytest.mark.parametrize("name", ["resnet14", "preact_resnet20", "highway10_width16"])

@@ -1,4 +1,4 @@
-"""CIFAR-10 with each network's own paper's recipe; He et al. 2015, section 4.2, where it has none.
+"""CIFAR-10 with each network's own paper's recipe, or a convention where it has none.
 
     python experiments/prepare.py cifar10 --data_dir=data
     python experiments/train.py --config=configs/cifar10.py:resnet110 \

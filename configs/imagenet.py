@@ -1,4 +1,4 @@
-"""ImageNet-2012 with each network's own paper's recipe.
+"""ImageNet-2012 with each network's own paper's recipe, of all ResNets that of He et al. 2015.
 
     python experiments/train.py --config=configs/imagenet.py:resnet50 \
         --config.dataset.data_dir=data --workdir=runs/imagenet

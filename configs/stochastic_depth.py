@@ -5,8 +5,8 @@
 
 The constant-depth net beside it has `--config.model.survival_probability=1`; CIFAR-100 has
 `--config.dataset.name=cifar100`; SVHN has `configs/svhn.py`. The paper reports the epoch of lowest
-validation error; on CIFAR and SVHN, with images held out, a run reports it beside the last one. The
-paper's test errors are in `resvariants/networks/papers.py`. (Its ResNet-152 has the strides in the
+validation error; on CIFAR and SVHN, with images held out, a run reports it beside the last one. Its
+test errors there are in `resvariants/networks/papers.py`. (Its ResNet-152 has the strides in the
 3x3 convolutions; `resnet152` has them in the first 1x1.)
 """
 

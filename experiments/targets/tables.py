@@ -195,7 +195,7 @@ def section(target: str, rows: Sequence[dict[str, Any]], largest: Sequence[dict]
         lines += ["A step:", "", *_step_table(good), ""]
         lines += ["Kernels, and GB, by kind:", "", *_kind_table(good), ""]
     if any(row["loops"] for row in good):
-        lines += ["A round of each loop; where it is a stage's, a block:", "", *_loops(good), ""]
+        lines += ["A round of each loop; a stage's is a block or two:", "", *_loops(good), ""]
     if ratios := _ratios(good):
         lines += ["resvariants / stock Flax:", "", *ratios, ""]
     if largest:

@@ -25,10 +25,10 @@ def count_blocks(model: nn.Module) -> int:
     Raises:
       InputError: none has, as in DenseNet, AlexNet and GoogLeNet.
     """
-    if not hasattr(model, "num_blocks"):
+    if not (hasattr(model, "num_blocks") and hasattr(model, "stage_sizes")):
         raise InputError(
             f"{type(model).__name__} has no gates, so that no block of it can be deleted or moved;"
-            " residual, plain and highway networks and VGG have"
+            " residual, plain and highway networks and VGG have (num_blocks and stage_sizes)"
         )
     return model.num_blocks
 

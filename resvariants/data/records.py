@@ -120,7 +120,7 @@ def _read_split(builder: Any, split: str, entry: DataSet) -> Split:
     for start in range(0, len(source), 1024):
         batch = source.__getitems__(range(start, min(start + 1024, len(source))))
         for index, example in enumerate(batch, start):
-            with Image.open(io.BytesIO(example["image"])) as image:
+            with Image.open(io.BytesIO(example["image"]), formats=("JPEG", "PNG")) as image:
                 images[index] = np.asarray(image).reshape(entry.image_shape)
             labels[index] = example["label"]
     if not np.all((labels >= 0) & (labels < entry.num_classes)):

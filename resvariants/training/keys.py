@@ -68,8 +68,8 @@ KEYS = (
         "model.unroll",
         int,
         NATURAL,
-        "blocks per iteration of the compiled loop; 0: no loop; None: no loop in stages of three"
-        " blocks, on GPUs of up to 37",
+        "blocks per iteration of the compiled loop; 0: no loop; None: no loop in stages of up to"
+        " three blocks, on GPUs of up to 37",
     ),
     Key(
         "model.dropout_rate",
@@ -81,7 +81,8 @@ KEYS = (
         "model.survival_probability",
         1.0,
         SURVIVAL,
-        "of the last block; below 1: stochastic depth (plain nets' skipped blocks are option A)",
+        "of the last block; below 1: stochastic depth (a plain net's skipped block gives its input,"
+        " as option A)",
     ),
     Key("model.survival_schedule", "linear", SURVIVAL_SCHEDULES, "linear decay to it, or uniform"),
     Key(
@@ -116,8 +117,8 @@ KEYS = (
         "dataset.normalisation",
         "per_pixel_mean",
         NORMALISATIONS,
-        "by the mean image or each channel's mean of the training images, by ImageNet's mean"
-        " colour, or none",
+        "mean and scale: of the mean image, or of each channel, of training images in memory; of"
+        " ImageNet's colours; or none, 0 to 1",
     ),
     Key(
         "dataset.crop_padding",
@@ -142,7 +143,7 @@ KEYS = (
         "dataset.augmentation",
         "",
         AUGMENTATIONS,
-        "one of your own, which comes after the above; empty: none",
+        "one of your own, which comes after all of these; empty: none",
         since="0.2",
     ),
     Key("dataset.augmentation_options", {}, OPTIONS, "its own", since="0.2"),
@@ -183,7 +184,7 @@ KEYS = (
         since="0.3",
     ),
     Key("dataset.mix_probability", 1.0, PROBABILITY, "of mixing a batch at all", since="0.3"),
-    Key("dataset.image_size", 224, COUNT, "the side of streamed images, as the keys below are"),
+    Key("dataset.image_size", 224, COUNT, "streamed images' side; the next seven are theirs, too"),
     Key("dataset.eval_image_size", int, COUNT, "in evaluation; None: as in training", since="0.3"),
     Key(
         "dataset.eval_crop",
@@ -261,7 +262,7 @@ KEYS = (
         WARMUPS,
         "constant at warmup_learning_rate, or linear from it",
     ),
-    Key("schedule.cut_to_steps", int, SCHEDULED, "shorten all lengths above in proportion"),
+    Key("schedule.cut_to_steps", int, COUNT, "shorten length, milestones and warmup in proportion"),
     Key(
         "accumulation_steps",
         1,

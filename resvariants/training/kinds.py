@@ -46,7 +46,7 @@ PERCENT = Kind("at least 0 and below 100", lambda x: 0 <= x < 100)
 SEED = Kind("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)
 OPTIONS = Kind("options by name", lambda x: isinstance(x, Mapping | ConfigDict))
 #: `make_schedule` checks how they fit each other.
-SCHEDULED = Kind("a number of steps or epochs", lambda x: isinstance(x, int | float))
+SCHEDULED = Kind("a whole number of steps or epochs", lambda x: isinstance(x, int | float))
 
 
 @dataclass(frozen=True)

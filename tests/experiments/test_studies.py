@@ -113,6 +113,7 @@ LOOKING = {
 }
 
 
+@pytest.mark.slow_for("lesion")
 @pytest.mark.parametrize("module", LOOKING, ids=lambda module: module.__name__)
 def test_a_study_reports_and_goes_on_where_it_stopped(module, finished, tmp_path, start):
     options, results, runs = LOOKING[module]
@@ -133,7 +134,7 @@ def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
     start(lesion, "--workdirs", finished, f"--out={tmp_path}", "--max_deletions=2", "--repeats=2")
     lines = map(json.loads, (tmp_path / "lesions.jsonl").read_text().splitlines())
     found = {tuple(json.loads(line["key"])[5:]): line["value"] for line in lines}
-    row = cells((tmp_path / "report.md").read_text(), f"{finished}: resnet20 on digits")
+    row = cells(check_report(tmp_path, "paper"), f"{finished}: resnet20 on digits")
     blocks, whole, mean, median, worst, firsts, several, _ = row
     expected = json.loads((finished / "result.json").read_text())["test_error"]
     assert (blocks, whole) == ("9", f"{expected:.2f}")
@@ -604,7 +605,7 @@ def test_studies_refuse_what_does_not_fit(finished, tmp_path, start):
         (["--models", "resnet8,model.survival_probability=1.5"], "outside"),
         (["--models", "configs/nothing.py:resnet8"], "no such config file"),
         (["--models", "configs/cifar10.py:resnet8", "--data_dir=nowhere"], "not prepared"),
-        (["--models", "resnet8", "--steps=0"], "no step at all"),
+        (["--models", "resnet8", "--steps=0"], "a positive whole number"),
         (["--models", "configs/default.py:resnet8"], "is no recipe"),
         (["--models", "resnet8", "--set", "batch_size=1000"], "exceeds"),
         (["--models", "resnet8", "--set", "ema_decay"], "'ema_decay' is no KEY=VALUE"),
@@ -643,22 +644,25 @@ def test_lesions_of_a_densenet_are_refused(tmp_path, start):
     assert not (tmp_path / "out").exists()
 
 
+def program_of_responses(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "responses.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "XLA_FLAGS": QUICKLY},
+    )
+
+
+@pytest.mark.slow
 def test_a_study_is_a_program(finished, tmp_path):
-    """The command line, with exit status and one message."""
-
-    def program(*arguments):
-        return subprocess.run(
-            [sys.executable, ROOT / "experiments" / "responses.py", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "XLA_FLAGS": QUICKLY},
-        )
-
-    done = program("--workdirs", finished, "--out=out", "--images=9")
+    done = program_of_responses(tmp_path, "--workdirs", finished, "--out=out", "--images=9")
     assert done.returncode == 0, done.stderr
     assert "# Responses" in done.stdout and (tmp_path / "out" / "responses.png").exists()
-    done = program("--workdirs", "nowhere", "--out=other")
+
+
+def test_a_study_refuses_by_its_exit_status_and_one_message(tmp_path):
+    done = program_of_responses(tmp_path, "--workdirs", "nowhere", "--out=other")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "other").exists()
 

@@ -94,6 +94,7 @@ def test_the_memory_efficient_gradient_is_the_same():
     check_tree(ours, theirs, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_the_compiled_gradient_holds_less_if_memory_efficient():
     """Compilers see when the same is computed twice, and may undo what was asked for."""
 

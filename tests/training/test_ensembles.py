@@ -148,6 +148,7 @@ def test_an_ensemble_of_one_is_that_one(tmp_path):
         assert {**found, "seconds": 0} == {**alone, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_folded_batch_norm_gives_the_same_figures(tmp_path, monkeypatch):
     runs = {"a": "resnet8", "b": "preact_resnet8"}
     for name, model in runs.items():

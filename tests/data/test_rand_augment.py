@@ -1,7 +1,5 @@
 """RandAugment's operations against Pillow's, and Cutout."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,8 +95,7 @@ def test_operations_and_levels_are_drawn_from_all_there_are(monkeypatch):
     def told(image, number, level, fill):
         return jnp.stack([number.astype(jnp.float32), level]).reshape(1, 2, 1)
 
-    module = importlib.import_module("resvariants.data.rand_augment")
-    monkeypatch.setattr(module, "operate", told)
+    monkeypatch.setattr("resvariants.data.rand_augment.operate", told)
     draw = jax.jit(lambda key: rand_augment(key, jnp.full((6000, 1, 2, 1), -99.0), FILL, 1, 6, 2))
     found = np.asarray(draw(jax.random.key(0))).reshape(-1, 2)
     numbers, levels = found[found[:, 0] >= 0].T

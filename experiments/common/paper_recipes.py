@@ -9,30 +9,30 @@ from common.commandline import CONFIGS
 from common.recipes import base_recipe
 from configs import imagenet
 from resvariants.networks import papers
+from resvariants.training.figures import LOG_KEYS
 from resvariants.training.keys import EXECUTION_KEYS
 from resvariants.training.report import augmented
 
 # Keys in which a run may differ. `model.dtype` and `sync_batch_norm` are none: they change more
 # than the order of additions.
-FREE = EXECUTION_KEYS | {
-    # What the figure was looked up by.
-    "model.name",
-    "model.survival_probability",
-    "dataset.name",
-    "dataset.ten_crop",
-    # Chance, how the same is computed, and what is seen of it.
-    "seed",
-    "model.remat",
-    "model.unroll",
-    "parallel",
-    "dataset.data_dir",
-    "eval_batch_size",
-    "log_every_steps",
-    "eval_every_epochs",
-    "checkpoint_every_epochs",
-    "keep_checkpoints",
-    "tensorboard",
-}
+FREE = (
+    EXECUTION_KEYS
+    | LOG_KEYS
+    | {
+        # What the figure was looked up by.
+        "model.name",
+        "model.survival_probability",
+        "dataset.name",
+        "dataset.ten_crop",
+        # Chance, and how the same is computed.
+        "seed",
+        "model.remat",
+        "model.unroll",
+        "parallel",
+        "dataset.data_dir",
+        "eval_batch_size",
+    }
+)
 
 
 def paper_recipe(config: ConfigDict, figure: papers.Reported) -> ConfigDict:

@@ -35,6 +35,14 @@ SUFFIXES: dict[str, str | Callable[[re.Match], str]] = {
     "v1_5": "v1.5",
     r"width(\d+)": r"width \1",
 }
+# What is seen and kept of a run, and changes nothing in it.
+LOG_KEYS = {
+    "log_every_steps",
+    "eval_every_epochs",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+    "tensorboard",
+}
 
 
 def title(name: str, depth: str | None = None) -> str:
@@ -78,8 +86,8 @@ def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
 
     Returns:
       By the keys of `configs`: the `title` of each with its survival probability; of those that
-      share it, also what differs, and if nothing does or more than a figure has room for, the key,
-      of paths what differs in them.
+      share it, also what differs (but for None), and if nothing does or more than a figure has
+      room for, the key, of paths what differs in them.
     """
     values = {key: flatten_dict(config.to_dict(), sep=".") for key, config in configs.items()}
     found = {}
@@ -92,12 +100,13 @@ def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
         found[key] = text
     for text in set(found.values()):
         alike = {key: values[key] for key, other in found.items() if other == text}
-        every = sorted(set().union(*alike.values()) - EXECUTION_KEYS - {"seed"})
+        every = sorted(set().union(*alike.values()) - EXECUTION_KEYS - LOG_KEYS - {"seed"})
         differ = [k for k in every if len({repr(c.get(k)) for c in alike.values()}) > 1]
         if len(differ) > 3:
             continue
         for key, config in alike.items():
-            found[key] = ", ".join([text, *(f"{words(k)} {config.get(k)}" for k in differ)])
+            given = [(k, config[k]) for k in differ if config.get(k) is not None]
+            found[key] = ", ".join([text, *(f"{words(k)} {value}" for k, value in given)])
     for text in set(found.values()):
         same = [key for key, other in found.items() if other == text]
         if len(same) > 1:

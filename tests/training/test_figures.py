@@ -53,7 +53,9 @@ def test_runs_are_told_apart_by_what_differs():
         "e": config("resnet20", seed=1, schedule__learning_rate=0.01),
         "f": config("plain20", schedule__learning_rate=0.01),
         "g": config("resnet32"),
-        "h": config("resnet32", seed=1),
+        "h": config("resnet32", seed=1, log_every_steps=7),
+        "k": config("resnet26"),
+        "l": config("resnet26", schedule__cut_to_steps=4688, eval_every_epochs=5.0),
         "runs/i/seed0": config("resnet44"),
         "runs/old/j/seed0": config(
             "resnet44", loss="binary", ema_decay=0.9, batch_size=64, dataset__flip=True
@@ -68,6 +70,8 @@ def test_runs_are_told_apart_by_what_differs():
         "f": "plain-20",
         "g": "ResNet-32 (g)",
         "h": "ResNet-32 (h)",
+        "k": "ResNet-26",
+        "l": "ResNet-26, cut to steps 4688",
         "runs/i/seed0": "ResNet-44 (i)",
         "runs/old/j/seed0": "ResNet-44 (old/j)",
     }

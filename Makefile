@@ -11,8 +11,9 @@ run: .venv
 	.venv/bin/python experiments/train.py --config=configs/digits.py:resnet20 --workdir=runs/digits
 
 # In as many processes as there are cores, up to four; the tests of a file share compiled functions.
+# In the files' order: by their numbers of tests a long one could come last, and one process wait.
 test: lint
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv
 	.venv/bin/python -m pytest -m slow

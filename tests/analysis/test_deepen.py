@@ -72,7 +72,9 @@ def test_the_deeper_net_computes_the_same(name):
     assert np.abs(before).max() > 0.1
 
 
-@pytest.mark.slow_for("pre-activated ResNeXt, form a", "post-activation bottlenecks")
+@pytest.mark.slow_for(
+    "pre-activated ResNeXt, form a", "ResNeXt, form a", "post-activation bottlenecks"
+)
 @pytest.mark.parametrize("name", [*RESIDUAL, "VGG"])
 def test_it_is_the_same_in_training_too(name):
     model = (RESIDUAL | PLAIN)[name]

@@ -359,6 +359,7 @@ def test_a_bound_is_the_larger_of_two_and_none_where_too_much_is_counted():
     assert tables.bound(target, "float32", counted)["at_best_ms"] is None
 
 
+@pytest.mark.slow
 def test_a_report_of_two_depths_beside_stock_flax(ask):
     printed, out = ask(
         *(NET, "--models", "resnet14", "--targets", "cpu", "--batch_size", "8", "--peer"),

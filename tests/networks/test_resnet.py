@@ -163,6 +163,7 @@ def test_stacked_blocks_start_different_and_with_the_first_blocks_distribution()
     assert not np.any(stats["mean"]) and np.all(np.asarray(stats["var"]) == 1)
 
 
+@pytest.mark.slow_for("resnet20_bottleneck")
 @pytest.mark.parametrize("name", ["resnet14", "resnet20_bottleneck"])
 def test_zero_init_residual_starts_with_the_shortcuts(name):
     x = images(4, 8, 8, 3)

@@ -79,6 +79,7 @@ def check_start(variables, form):
             assert abs(deviation - 1) < 5 / np.sqrt(2 * kernel.size) < 0.5, path
 
 
+@pytest.mark.slow_for("a")
 @pytest.mark.parametrize("form", ["a", "b", "c"])
 def test_the_forms_start_alike(form):
     block = ResNeXtBlock(256, cardinality=4, base_width=8, form=form)

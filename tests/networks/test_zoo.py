@@ -184,6 +184,7 @@ def test_an_entry_knows_its_paper_and_family():
     assert list_models()["GoogLeNet"]["googlenet"] is googlenet
 
 
+@pytest.mark.slow_for("densenet_bc250_k24-156150", "densenet_bc190_k40-197190")
 @pytest.mark.parametrize(
     ("name", "extra"),
     [

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from repository import QUICKLY, ROOT
+from repository import ONCE, QUICKLY, ROOT
 
 from resvariants import InputError
 from resvariants.processes import start
@@ -22,16 +22,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY}"
+def environment(devices, compiled):
+    flags = f"--xla_force_host_platform_device_count={devices} {compiled}"
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 
-def begin(arguments, devices):
+def begin(arguments, devices, compiled=QUICKLY):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, compiled),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,16 +49,16 @@ def stepped(out, dtype, steps, processes, devices):
     """Starts the steps of processes.py in so many processes with so many devices each."""
     program = [ROOT / "tests" / "processes.py", out, dtype, steps]
     if processes == 1:
-        return [begin(program, devices)]
+        return [begin(program, devices, ONCE)]
     joined = f"localhost:{free_port()}", processes
-    return [begin([*program, *joined, number], devices) for number in range(processes)]
+    return [begin([*program, *joined, number], devices, ONCE) for number in range(processes)]
 
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"),
     [
         pytest.param("float32", 1, 1e-6, marks=pytest.mark.slow),  # as below, but for the precision
-        ("float64", 20, 1e-9),
+        ("float64", 5, 1e-9),
     ],
 )
 def test_two_processes_of_two_devices_are_one_device(dtype, steps, tolerance, tmp_path):

@@ -189,7 +189,7 @@ def test_a_run_with_all_of_it_resumes_to_the_same_bits_and_evaluates_the_average
     assert alone["loss"] == values["ema_loss"] and "ema_loss" not in alone
 
 
-def test_devices_agree_on_mixed_images_in_parts_with_averages():
+def test_devices_agree_on_mixed_images_in_parts_with_averages_and_stochastic_depth():
     """One device, four by `jit` and eight by `pmap`, on a batch that all mix alike."""
     objective = partial(mean_loss, loss="binary")
     options = {"accumulation_steps": 2, "ema_decay": 0.9, "objective": objective}
@@ -197,7 +197,7 @@ def test_devices_agree_on_mixed_images_in_parts_with_averages():
     found = []
     for mode, count in (("jit", 1), ("jit", 4), ("pmap", 8)):
         parallel = make_parallel(mode, True, jax.devices()[:count])
-        model = create_model("resnet8", axis_name=parallel.bn_axis_name)
+        model = create_model("resnet8", axis_name=parallel.bn_axis_name, survival_probability=0.5)
         step = partial(train_step, model=model, optimizer=OPTIMIZER, seed=0, **options)
         state = create_state(model, OPTIMIZER, 0, SHAPE, ema=True)
         state, _ = parallel.compile(step)(

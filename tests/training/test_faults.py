@@ -203,6 +203,7 @@ def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
 # Disks
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_path, monkeypatch):
     """A limit on the size of files is as good as no room, and needs no disk to fill."""
     saving, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -86,8 +86,9 @@ def titles(configs: Mapping[str, ConfigDict]) -> dict[str, str]:
 
     Returns:
       By the keys of `configs`: the `title` of each with its survival probability; of those that
-      share it, also what differs (but for None), and if nothing does or more than a figure has
-      room for, the key, of paths what differs in them.
+      share it, also what differs (but for None, the seed and what changes nothing in a run),
+      and if nothing does or more than a figure has room for, the key, of paths what differs in
+      them.
     """
     values = {key: flatten_dict(config.to_dict(), sep=".") for key, config in configs.items()}
     found = {}

@@ -58,7 +58,7 @@ def stepped(out, dtype, steps, processes, devices):
     ("dtype", "steps", "tolerance"),
     [
         pytest.param("float32", 1, 1e-6, marks=pytest.mark.slow),  # as below, but for the precision
-        ("float64", 5, 1e-9),
+        ("float64", 5, 1e-10),
     ],
 )
 def test_two_processes_of_two_devices_are_one_device(dtype, steps, tolerance, tmp_path):

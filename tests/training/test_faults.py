@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -203,9 +204,28 @@ def test_a_signal_to_all_of_a_runs_processes_lets_it_save(tmp_path):
 # Disks
 
 
+def test_a_checkpoint_without_room_is_an_error_and_leaves_the_one_before(tmp_path):
+    """A limit on the size of files is as good as no room, and needs no disk to fill."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"noise": np.random.default_rng(0).normal(size=10_000).astype(np.float32)}
+    with closing(Checkpoints(tmp_path / "run", 2)) as checkpoints:
+        checkpoints.save(1, state, {"epoch": 1})
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(RunError, match=r"cannot be written .* goes on from the one before"):
+            checkpoints.save(2, state, {"epoch": 2})
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        found = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert (found.step, found.counters) == (1, {"epoch": 1})
+    np.testing.assert_array_equal(found.state["noise"], state["noise"])
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint_good(finished, tmp_path, monkeypatch):
-    """A limit on the size of files is as good as no room, and needs no disk to fill."""
     saving, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(self, step, *arguments):

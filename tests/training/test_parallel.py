@@ -65,14 +65,14 @@ def furthest(ours, theirs):
 PRECISIONS = {"float32": (1, np.float32, 1e-6), "float64": (5, np.float64, 1e-10)}
 
 
-# Quicker, and with stochastic depth, too: test_recipes's devices that agree.
+# Quicker, and with all that a step may have: `test_recipes`.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "survival"),
     [
         pytest.param("float32", 1.0, id="float32-constant depth"),
         pytest.param("float32", 0.5, id="float32-stochastic depth"),
-        # In float64 devices agree for many steps: `test_distributed` shows it, too.
+        # In float64 devices agree for several steps: `test_distributed` shows it, too.
         pytest.param("float64", 1.0, id="float64-constant depth"),
         pytest.param("float64", 0.5, id="float64-stochastic depth"),
     ],

@@ -12,6 +12,7 @@ from short_runs import config, without_speed
 
 from resvariants import InputError, create_model
 from resvariants.training import evaluation, log, loop
+from resvariants.training.draws import draw_of_step
 from resvariants.training.losses import LOSSES, main_label, mean_loss, targets_of
 from resvariants.training.parallel import check_batch_size, make_parallel
 from resvariants.training.setup import set_up
@@ -197,14 +198,16 @@ def test_devices_agree_on_mixed_images_in_parts_with_averages_and_stochastic_dep
     found = []
     for mode, count in (("jit", 1), ("jit", 4), ("pmap", 8)):
         parallel = make_parallel(mode, True, jax.devices()[:count])
-        model = create_model("resnet8", axis_name=parallel.bn_axis_name, survival_probability=0.5)
+        model = create_model("resnet14", axis_name=parallel.bn_axis_name, survival_probability=0.5)
         step = partial(train_step, model=model, optimizer=OPTIMIZER, seed=0, **options)
         state = create_state(model, OPTIMIZER, 0, SHAPE, ema=True)
-        state, _ = parallel.compile(step)(
+        state, metrics = parallel.compile(step)(
             parallel.replicate(state),
             parallel.split(jax.device_put(batch, parallel.batch_sharding)),
         )
-        found.append(jax.tree.map(np.asarray, parallel.single(state)))
+        metrics = jax.tree.map(np.mean, metrics)  # of the devices, by `pmap`
+        found.append(jax.tree.map(np.asarray, (parallel.single(state), metrics)))
+    assert not draw_of_step(model, seed=0, step=0).all()
     for other in found[1:]:
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), other, found[0])
 

@@ -78,8 +78,10 @@ def study(run: Loaded, remember: Remembered, args: argparse.Namespace) -> dict:
     jobs |= {("single", block): partial(without, block) for block in range(total)}
     jobs |= {("many", n, r): partial(deleted, n, r) for n in numbers for r in repeats}
     if max(run.model.stage_sizes) > 2:  # or no stage has two blocks of one shape
-        # More of them, since one swap changes less than one deletion.
-        jobs |= {("swaps", 4 * n, r): partial(swapped, 4 * n, r) for n in numbers for r in repeats}
+        # More of them, since one swap changes less than one deletion; and odd numbers, too, since
+        # an even one gives half of all orders.
+        counts = [4 * n - n % 2 for n in numbers]
+        jobs |= {("swaps", n, r): partial(swapped, n, r) for n in counts for r in repeats}
     jobs["times",] = speed
     found = {
         job: remember([*run.key, images, args.seed, *job], compute)

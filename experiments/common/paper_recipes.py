@@ -15,24 +15,22 @@ from resvariants.training.report import augmented
 
 # Keys in which a run may differ. `model.dtype` and `sync_batch_norm` are none: they change more
 # than the order of additions.
-FREE = (
-    EXECUTION_KEYS
-    | LOG_KEYS
-    | {
-        # What the figure was looked up by.
-        "model.name",
-        "model.survival_probability",
-        "dataset.name",
-        "dataset.ten_crop",
-        # Chance, and how the same is computed.
-        "seed",
-        "model.remat",
-        "model.unroll",
-        "parallel",
-        "dataset.data_dir",
-        "eval_batch_size",
-    }
-)
+FREE = {
+    *EXECUTION_KEYS,
+    *LOG_KEYS,
+    # What the figure was looked up by.
+    "model.name",
+    "model.survival_probability",
+    "dataset.name",
+    "dataset.ten_crop",
+    # Chance, and how the same is computed.
+    "seed",
+    "model.remat",
+    "model.unroll",
+    "parallel",
+    "dataset.data_dir",
+    "eval_batch_size",
+}
 
 
 def paper_recipe(config: ConfigDict, figure: papers.Reported) -> ConfigDict:

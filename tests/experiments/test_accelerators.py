@@ -371,6 +371,7 @@ def test_a_report_beside_stock_flax(ask, deeper):
     assert "no time of one was measured" in report and report in printed
     assert "resvariants / stock Flax" in report
     assert ("![kernels" in report) == (out / "depth.png").exists() == bool(deeper)
+    assert not deeper or (out / "depth.png").stat().st_size > 10_000
     rows = json.loads((out / "accelerators.json").read_text())["steps"]
     assert [(row["network"], row["form"]) for row in rows] == [
         (network, form)

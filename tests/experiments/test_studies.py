@@ -159,8 +159,8 @@ def test_lesions_of_a_run_are_its_networks(finished, tmp_path, start):
     # Each of three stages has its two blocks in order or swapped: so many of 36 pairs are not.
     for swaps in (3, 8):
         for repeat in range(2):
-            pairs = 36 * (1 - found["swaps", swaps, repeat][0]) / 2
-            assert np.isclose(pairs, [swaps % 2, swaps % 2 + 2]).any()
+            reversed_pairs = 36 * (1 - found["swaps", swaps, repeat][0]) / 2
+            assert np.isclose(reversed_pairs, [swaps % 2, swaps % 2 + 2]).any()
 
 
 def test_gradients_are_weighed_by_the_number_of_their_paths(finished, tmp_path, start, monkeypatch):

@@ -22,16 +22,12 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def environment(devices, compiled):
-    flags = f"--xla_force_host_platform_device_count={devices} {compiled}"
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-
-
 def begin(arguments, devices, compiled=QUICKLY):
+    flags = f"--xla_force_host_platform_device_count={devices} {compiled}"
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(devices, compiled),
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -59,6 +55,7 @@ def stepped(out, dtype, steps, processes, devices):
     [
         pytest.param("float32", 1, 1e-6, marks=pytest.mark.slow),  # as below, but for the precision
         ("float64", 5, 1e-10),
+        pytest.param("float64", 20, 1e-9, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_of_two_devices_are_one_device(dtype, steps, tolerance, tmp_path):
